@@ -1,0 +1,187 @@
+"""One transaction for a function and for the record that it ran.
+
+The UPDATE that makes the job SUCCESSFUL is the fence: it alone carries the guarantee.
+Whatever the function does to the transaction in between is found out here.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from django.db import Error, InternalError
+from django.db import transaction as transactions
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+from async_queue import codec, hooks, statements
+from async_queue.context import RunningJob
+from async_queue.db import vendor
+from async_queue.exceptions import (
+    ClaimLost,
+    InsideTransaction,
+    StatementRefused,
+    TransactionBroken,
+)
+
+logger = logging.getLogger("async_queue")
+
+_CANNOT_COMMIT = (
+    "its transaction cannot commit: wrap what may fail in transaction.atomic()"
+)
+
+
+@contextmanager
+def transaction(connection: BaseDatabaseWrapper) -> Iterator[None]:
+    """Open a transaction of the queue's, when it is its turn; never inside another."""
+    facts = vendor(connection)
+    if not connection.in_atomic_block and not connection.get_autocommit():
+        raise InsideTransaction(
+            f"the database {connection.alias!r} has AUTOCOMMIT switched off, so that "
+            "nothing would be committed: leave it on"
+        )
+    with (
+        facts.turn(connection),
+        transactions.atomic(using=connection.alias, durable=True),
+    ):
+        yield
+
+
+def perform(
+    connection: BaseDatabaseWrapper, job: RunningJob, call: Callable[[], Any]
+) -> Any:
+    """Call the function and pass the fence, inside the `transaction` of both.
+
+    Return what the function returned. What this raises, or leaving the transaction
+    raises, means that the job has not succeeded, or that nobody knows yet.
+    """
+    value = _call_guarded(connection, job, call)
+    result = None if value is None else codec.encode(value, "the return value")
+    hooks.point("before_fence")
+    _pass_fence(connection, job, result)
+    hooks.point("after_fence")
+    _shield_hooks(connection, job)
+    return value
+
+
+def _call_guarded(
+    connection: BaseDatabaseWrapper, job: RunningJob, call: Callable[[], Any]
+) -> Any:
+    guard = _Guard(connection)
+    with _open_blocks_closed(connection, job), connection.execute_wrapper(guard):
+        value = call()
+    guard.check()
+    if connection.get_rollback():
+        raise TransactionBroken(
+            f"job {job.id} caught a database error, closed the connection or called "
+            f"set_rollback(), so {_CANNOT_COMMIT}"
+        )
+    if not vendor(connection).is_inside_transaction(connection, guard.has_sent):
+        raise TransactionBroken(
+            f"job {job.id} ended its transaction through the driver: what it did "
+            "before that is committed, and the job may run again"
+        )
+    return value
+
+
+@contextmanager
+def _open_blocks_closed(
+    connection: BaseDatabaseWrapper, job: RunningJob
+) -> Iterator[None]:
+    """Forget the atomic() blocks that the job has entered and not left.
+
+    Django would take the end of our block for the end of theirs, and not commit.
+    """
+    savepoints, blocks = connection.savepoint_ids, connection.atomic_blocks
+    depths = len(savepoints), len(blocks)
+    try:
+        yield
+    finally:
+        has_open_block = len(savepoints) > depths[0]
+        del savepoints[depths[0] :], blocks[depths[1] :]
+    if has_open_block:
+        raise TransactionBroken(
+            f"job {job.id} entered an atomic() block and did not leave it"
+        )
+
+
+def _pass_fence(
+    connection: BaseDatabaseWrapper, job: RunningJob, result: str | None
+) -> None:
+    try:
+        stands = statements.finish(connection, job, result)
+    except InternalError as error:
+        raise TransactionBroken(
+            f"job {job.id} caught an error of a cursor of its own, so {_CANNOT_COMMIT}"
+        ) from error
+    if not stands:
+        raise ClaimLost(
+            f"job {job.id} was cancelled, or given to another worker, while it ran"
+        )
+
+
+class _Guard:
+    """Stands between a job and its connection, as an execute_wrapper of Django."""
+
+    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+        self._connection = connection
+        self._facts = vendor(connection)
+        self.has_sent = False
+        self._rollback: BaseException | None = None
+
+    def __call__(
+        self,
+        execute: Callable[..., Any],
+        sql: Any,
+        params: Any,
+        many: bool,
+        context: dict[str, Any],
+    ) -> Any:
+        # What follows a rollback would be committed without what went before.
+        self.check()
+        if keyword := self._facts.refused_statement(sql):
+            raise StatementRefused(
+                f"{keyword} would end the transaction in which this job commits with "
+                "its effects, so it was not sent: use transaction.atomic(), and do "
+                "what cannot be undone outside of jobs"
+            )
+        self.has_sent = True
+        try:
+            return execute(sql, params, many, context)
+        except Error as error:
+            if self._facts.rolls_back(self._connection, error):
+                self._rollback = error
+            raise
+
+    def check(self) -> None:
+        """Raise if the database has rolled back the transaction by itself."""
+        if self._rollback is None:
+            return
+        if self._facts.is_transient(self._rollback):
+            raise self._rollback
+        raise TransactionBroken(
+            "the job caught an error with which the database undid all it had done"
+        ) from self._rollback
+
+
+def _shield_hooks(connection: BaseDatabaseWrapper, job: RunningJob) -> None:
+    """Let no on_commit hook look like a commit that failed, or stop the others."""
+    waiting: list[Any] = connection.run_on_commit
+    waiting[:] = [
+        (savepoints, partial(_call_hook, job, hook), robust)
+        for savepoints, hook, robust in waiting
+    ]
+
+
+def _call_hook(job: RunningJob, hook: Callable[[], Any]) -> None:
+    try:
+        hook()
+    # The job has committed, so this can only be told, whatever it is.
+    except BaseException as error:
+        logger.exception(
+            "an on_commit hook of job %s %s raised; the job has succeeded",
+            job.id,
+            job.function,
+        )
+        if isinstance(error, KeyboardInterrupt):
+            raise
