@@ -1,0 +1,37 @@
+"""Fixtures that several files share."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Event
+from time import monotonic
+
+import pytest
+from django.db import connection
+from django.db.backends.base.base import BaseDatabaseWrapper
+
+
+def pytest_sessionfinish() -> None:
+    # SQLite's file of locks, of which Django does not know.
+    name = connection.settings_dict["TEST"]["NAME"]
+    Path(f"{name}-aqlock").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def second_connection() -> Iterator[BaseDatabaseWrapper]:
+    """Another session on the tests' database, as another process would have it."""
+    other = connection.copy()
+    yield other
+    other.close()
+
+
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    return _wait_until
+
+
+def _wait_until(predicate: Callable[[], object], seconds: float = 20) -> None:
+    """Return as soon as the predicate is true; fail where it is not in time."""
+    deadline, pause = monotonic() + seconds, Event()
+    while not predicate():
+        assert monotonic() < deadline, f"not true within {seconds} s: {predicate}"
+        pause.wait(0.01)

@@ -1,0 +1,74 @@
+"""Steps of a worker by hand, in the thread of the test."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from threading import Thread
+from typing import Any
+
+from django.db import connection, connections
+
+from async_queue import claims, executor
+from async_queue.context import RunningJob
+from async_queue.models import Attempt, Job
+from async_queue.outcomes import Outcome
+from async_queue.worker import Flush
+from tests.factories import WorkerFactory, now
+
+
+def claim_next() -> RunningJob:
+    """Claim the next READY job for a worker of its own."""
+    (job,) = claims.claim("default", WorkerFactory().pk, 1)
+    return job
+
+
+def execute_next() -> Outcome:
+    return executor.execute(claim_next())
+
+
+def flush(threads: int = 4) -> Flush:
+    """Make one pass on threads; return it when it is over."""
+    made = Flush("default", threads=threads, keep_going=True)
+    made.run()
+    return made
+
+
+def make_due(job: Job) -> None:
+    """Let the moment of a job that waits come."""
+    Job.objects.filter(pk=job.pk).update(run_after=now())
+
+
+def exceptions_of(job: Job) -> list[str]:
+    """Return the names of what the attempts of ``job`` raised."""
+    paths = Attempt.objects.filter(job=job).values_list("exception", flat=True)
+    return [path.rpartition(".")[2] for path in paths]
+
+
+def elsewhere(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Call ``function`` in another thread, on a connection of that thread."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            connections.close_all()
+
+    Thread(target=call, daemon=True).start()
+    return future
+
+
+@contextmanager
+def database_settings(options: dict[str, Any], **changes: Any) -> Iterator[None]:
+    """Change the project's database settings, for new connections of every thread."""
+    settings = connections.settings["default"]
+    kept = dict(settings)
+    connection.close()
+    settings.update(changes, OPTIONS={**settings["OPTIONS"], **options})
+    try:
+        yield
+    finally:
+        connection.close()
+        settings.update(kept)
