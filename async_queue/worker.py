@@ -29,6 +29,9 @@ logger = logging.getLogger("async_queue")
 _PREFETCH = 4
 _SHORT = 0.02  # seconds
 _REMEMBERED = 32  # of the latest runs
+# A signal that comes just before a wait begins is heard when the wait ends: so none is
+# long, in seconds.
+_HEARING = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +201,9 @@ class Flush:
 
     def _next(self) -> Future[Finished | None] | None:
         """Wait until a job has ended; return None if something else came first."""
-        pause = None
+        pause = _HEARING
         if self._deadline is not None and not self._is_stopping:
-            pause = max(0.0, self._deadline - time.monotonic())
+            pause = min(pause, max(0.0, self._deadline - time.monotonic()))
         try:
             return self._news.get(timeout=pause)
         except Empty:
