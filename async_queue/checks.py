@@ -25,17 +25,8 @@ from async_queue.exceptions import InvalidFunction, InvalidOption
 WITHOUT_EFFECT = frozenset(
     {
         "EMAIL",
-        "IN_PROCESS",
         "LOG_ARGS",
-        "MAX_CRASHES",
-        "NOTIFY",
-        "POLL_INTERVAL",
-        "PROCESSES",
-        "RETENTION",
         "SCHEDULES",
-        "SHUTDOWN_TIMEOUT",
-        "STALL_AFTER",
-        "TIMEOUT",
     }
 )
 

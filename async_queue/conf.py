@@ -55,6 +55,16 @@ def _optional_duration(value: Any) -> timedelta | None:
     return None if value is None else parse_duration(value)
 
 
+def _positive_duration(value: Any) -> timedelta:
+    if not (duration := parse_duration(value)):
+        raise ValueError("must not be 0")
+    return duration
+
+
+def _timeout(value: Any) -> timedelta | None:
+    return None if value is None else _positive_duration(value)
+
+
 def _positive(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError("must be a whole number of at least 1")
@@ -146,11 +156,11 @@ class Settings:
     # Worker processes under one `run_workers`.
     processes: int = _setting(1, _positive)
     # The longest pause between two looks for work.
-    poll_interval: timedelta = _setting(timedelta(seconds=1), parse_duration)
+    poll_interval: timedelta = _setting(timedelta(seconds=1), _positive_duration)
     # Wake idle workers by LISTEN and NOTIFY on PostgreSQL.
     notify: bool = _setting(True, _flag)
     # A worker whose heart has stood still for this long has stalled.
-    stall_after: timedelta = _setting(timedelta(seconds=30), parse_duration)
+    stall_after: timedelta = _setting(timedelta(seconds=30), _positive_duration)
     # How long running jobs may go on after the process was asked to stop.
     shutdown_timeout: timedelta = _setting(timedelta(seconds=25), parse_duration)
     # Runs of a job, the first included, before it is FAILED; None is without end.
@@ -160,7 +170,7 @@ class Settings:
     # A named backoff, or the dotted path of a function (failures) -> timedelta.
     backoff: str = _setting("exponential", _text)
     # How long a job may run; None is without end.
-    timeout: timedelta | None = _setting(None, _optional_duration)
+    timeout: timedelta | None = _setting(None, _timeout)
     # How long finished jobs are kept; None is for ever.
     retention: Mapping[str, timedelta | None] = _setting(
         _RETENTION, _merged(_RETENTION, _retention)
@@ -185,6 +195,8 @@ class Settings:
     in_process: bool = _setting(False, _flag)
 
 
+# A worker may miss a beat without being taken for one that has stalled.
+_BEATS = 3
 _FIELDS = {field.name.upper(): field for field in dataclasses.fields(Settings)}
 # Their values hold keys and tokens, so no message repeats them.
 _SECRET = ("SEAL_KEY", "HEALTH", "EMAIL")
@@ -208,12 +220,13 @@ def problems(raw: Any) -> Iterator[Problem]:
     if not isinstance(raw, dict):
         yield Problem(None, "ASYNC_QUEUE is not a dict.", "Write ASYNC_QUEUE = {...}.")
         return
+    parsed = {key: field.metadata["default"] for key, field in _FIELDS.items()}
     for key, value in raw.items():
         if key not in _FIELDS:
             yield Problem(key, f"ASYNC_QUEUE has no setting {key!r}.", _suggest(key))
             continue
         try:
-            _parse(key, value)
+            parsed[key] = _parse(key, value)
         except ValueError as error:
             default = _FIELDS[key].metadata["default"]
             yield Problem(
@@ -221,6 +234,20 @@ def problems(raw: Any) -> Iterator[Problem]:
                 f"ASYNC_QUEUE[{key!r}] {error}; it is {_shown(key, value)}.",
                 f"The default is {default!r}.",
             )
+    yield from _unfit_together(parsed)
+
+
+def _unfit_together(parsed: Mapping[str, Any]) -> Iterator[Problem]:
+    interval, limit = parsed["POLL_INTERVAL"], parsed["STALL_AFTER"]
+    if _BEATS * interval > limit:
+        yield Problem(
+            "STALL_AFTER",
+            f"ASYNC_QUEUE['STALL_AFTER'] is {limit.total_seconds():g} s and "
+            f"ASYNC_QUEUE['POLL_INTERVAL'], after which a worker's heart beats again, "
+            f"is {interval.total_seconds():g} s: a worker that is well might be taken "
+            "for one that has stalled.",
+            f"Let STALL_AFTER be at least {_BEATS} times as long.",
+        )
 
 
 def changed_settings() -> set[str]:

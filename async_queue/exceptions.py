@@ -111,6 +111,29 @@ class WorkerLost(AsyncQueueError):
     """The worker that ran the job has died; the job runs again, uncharged."""
 
 
+class WorkerCrashed(AsyncQueueError):
+    """The job has taken down processes in which it ran alone, again and again."""
+
+
+class JobStopped(BaseException):
+    """The run of this job is over: whatever it does from here on will not commit.
+
+    Raised inside of a job's function, where ``except Exception`` shall not catch it.
+    """
+
+
+class JobTimeout(JobStopped):
+    """The job has run for longer than its ``timeout``."""
+
+
+class JobCancelled(JobStopped):
+    """Somebody cancelled the job while it ran, or its worker has lost it."""
+
+
+class WorkerStopping(JobStopped):
+    """The worker shuts down and waits no longer; the job runs again, uncharged."""
+
+
 def _as_timedelta(delay: timedelta | float | None) -> timedelta | None:
     if isinstance(delay, (int, float)):
         delay = timedelta(seconds=delay)

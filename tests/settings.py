@@ -65,8 +65,11 @@ TEMPLATES = [
     }
 ]
 ROOT_URLCONF = "tests.urls"
+ALLOWED_HOSTS = ["127.0.0.1"]
 STATIC_URL = "/static/"
 SECRET_KEY = "for the tests only"
 USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+if changed := os.environ.get("AQ_TEST_SETTINGS"):  # see tests.workers
+    ASYNC_QUEUE = json.loads(changed)

@@ -171,10 +171,13 @@ def test_unknown_key_is_a_problem_with_a_suggestion(key, hint):
         ("PROCESSES", -1),
         ("NOTIFY", 1),
         ("POLL_INTERVAL", None),
+        ("POLL_INTERVAL", 0),
+        ("STALL_AFTER", 0),
         ("STALL_AFTER", "soon"),
         ("SHUTDOWN_TIMEOUT", float("nan")),
         ("SHUTDOWN_TIMEOUT", float("inf")),
         ("TIMEOUT", -1),
+        ("TIMEOUT", 0),
         ("BACKOFF", 5),
         ("RETENTION", "7d"),
         ("RETENTION", {"failed": "never"}),
@@ -218,3 +221,19 @@ def test_wrong_setting_is_an_error_where_it_is_needed_first(settings):
 
     with pytest.raises(ImproperlyConfigured, match="Did you mean 'THREADS'"):
         conf.settings()
+
+
+@pytest.mark.parametrize(
+    ("raw", "is_fit"),
+    [
+        ({"POLL_INTERVAL": 10}, True),
+        ({"POLL_INTERVAL": 10.5}, False),
+        ({"STALL_AFTER": 3}, True),
+        ({"STALL_AFTER": 2}, False),
+        ({"STALL_AFTER": 2, "POLL_INTERVAL": 0.5}, True),
+    ],
+)
+def test_a_worker_may_miss_a_beat_before_it_has_stalled(raw, is_fit):
+    found = [problem.key for problem in conf.problems(raw)]
+
+    assert found == ([] if is_fit else ["STALL_AFTER"])
