@@ -2,9 +2,11 @@
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
+from math import inf
 from typing import Any, NamedTuple
 
 import sqlparse
@@ -34,7 +36,15 @@ class Concern(NamedTuple):
     hint: str
 
 
-class Vendor:
+class Session(NamedTuple):
+    """By what another session ends this one: its number, and whose mark it bears."""
+
+    number: int
+    worker: int | None = None
+    slot: int = 0
+
+
+class Vendor(ABC):
     """What one kind of database can do, and how it is asked for it.
 
     ``now`` and ``shifted_now`` are SQL for its clock in UTC at the start of the
@@ -48,8 +58,26 @@ class Vendor:
     # Seeks in an index by a value that a recursive query has found, instead of
     # reading it from its begin for each one (a second for a million rows).
     seeks_in_recursion = False
+    # Keeps the index entries of rows that have changed until a vacuum, and seeks by a
+    # row of values: so a claim had better start where the last one ended.
+    keeps_dead_entries = False
     # More threads than one gain nothing: jobs that write exclude each other.
     runs_one_job_at_a_time = False
+    # Workers show that they live by their beat, too. Elsewhere their lock is the proof.
+    has_heartbeat = True
+    # Takes rows as one parameter, through json_to_recordset().
+    reads_json_rows = False
+    # A transaction begins with its first statement, and costs nothing without one.
+    begins_late = False
+    # Tells of what is scheduled, so that a worker need not ask all the time.
+    listens = False
+    # SQL that is true where nobody holds the lock of the worker in the row ``worker``.
+    # It takes nothing, and is no proof of a death. None: only a process can ask.
+    free_life: str | None = None
+    # Seconds for which a job may hold a transaction before somebody is told, and from
+    # what that keeps whom.
+    long_transaction = 60.0
+    harm_of_long_transactions = "the database from cleaning up"
 
     _ends_transaction = statement_pattern(ENDINGS)
 
@@ -82,8 +110,15 @@ class Vendor:
         own |= {"AUTOCOMMIT": True, "CONN_MAX_AGE": None, "CONN_HEALTH_CHECKS": False}
         return own
 
-    def start_session(self, connection: BaseDatabaseWrapper) -> None:
-        """Make a connection of the queue's own READ COMMITTED."""
+    @abstractmethod
+    def start_session(
+        self, connection: BaseDatabaseWrapper, patience: float | None = None
+    ) -> None:
+        """Make a connection of the queue's own READ COMMITTED, and let it idle.
+
+        With ``patience`` it waits for locks that many seconds at most, or as few as the
+        database counts, and then raises OperationalError.
+        """
 
     def prepare(self, connection: BaseDatabaseWrapper) -> str | None:
         """Make the database fit for workers; return what was changed, if anything."""
@@ -93,9 +128,15 @@ class Vendor:
         """Wait until the queue may write: around each of its transactions."""
         return nullcontext()
 
+    @abstractmethod
     def is_transient(self, error: BaseException) -> bool:
         """Tell whether everything was rolled back and trying again may well help."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def is_session_lost(
+        self, connection: BaseDatabaseWrapper, error: BaseException
+    ) -> bool:
+        """Tell whether ``error`` means that the session has ended, or never began."""
 
     def rolls_back(self, connection: BaseDatabaseWrapper, error: BaseException) -> bool:
         """Tell whether the database has just rolled back the transaction by itself."""
@@ -109,6 +150,23 @@ class Vendor:
         ``has_sent`` tells whether statements were sent: some drivers begin with them.
         """
         return True
+
+    def is_in_transaction(self, connection: BaseDatabaseWrapper) -> bool:
+        """Tell whether a transaction is open, as the database sees it."""
+        return False
+
+    def limit_statements(self, connection: BaseDatabaseWrapper, seconds: float) -> None:
+        """Let no statement of the open transaction take longer, where it can be said.
+
+        A limit that the project has set, and that is shorter, stays.
+        """
+
+    def is_over_limit(self, error: BaseException) -> bool:
+        """Tell whether a statement was ended because it, or somebody, waited no longer.
+
+        As `limit_statements` makes it do.
+        """
+        return False
 
     def refused_statement(self, sql: Any) -> str | None:
         """Return the keyword by which ``sql`` would end a transaction, if any."""
@@ -141,20 +199,20 @@ class Vendor:
                 f"Upgrade {name}.",
             )
 
+    @abstractmethod
     def oldest(self, connection: BaseDatabaseWrapper) -> tuple[str, tuple[int, ...]]:
         """Return the database's name and the oldest version that will do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take_life(self, connection: BaseDatabaseWrapper, worker: int) -> bool:
         """Try to take the lock that the database frees when its holder dies.
 
         A worker takes its own for life; whoever gets another's has proved a death.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def drop_life(self, connection: BaseDatabaseWrapper, worker: int) -> None:
         """Give the lock of `take_life` back."""
-        raise NotImplementedError
 
     @contextmanager
     def proof_of_death(
@@ -167,6 +225,102 @@ class Vendor:
         finally:
             if is_dead:
                 self.drop_life(connection, worker)
+
+    def has_lasting_sessions(self, connection: BaseDatabaseWrapper) -> bool:
+        """Tell whether the session is the server's own, and not shared by a pooler.
+
+        Only then are its locks and settings its own. When in doubt it is not.
+        """
+        return True
+
+    def marks_transactions(self, connection: BaseDatabaseWrapper) -> bool:
+        """Tell whether each transaction is to be marked, because the session cannot."""
+        return False
+
+    def mark_session(
+        self, connection: BaseDatabaseWrapper, worker: int, slot: int
+    ) -> None:
+        """Mark the session of a job thread as the worker's, for `end_sessions_of`.
+
+        Done once for each session. ``slot`` is the thread's own among the worker's.
+        """
+
+    def mark_transaction(self, connection: BaseDatabaseWrapper, worker: int) -> Any:
+        """Mark the open transaction as the worker's; return what `end_session` takes.
+
+        Only where `marks_transactions`.
+        """
+        return self.session_of(connection)
+
+    def session_of(self, connection: BaseDatabaseWrapper) -> Any:
+        """Return by what another thread may end this thread's session.
+
+        None where there is none, or where only `mark_transaction` knows.
+        """
+        return None
+
+    def end_session(self, connection: BaseDatabaseWrapper, session: Any) -> bool:
+        """End a session of `session_of`, so that what it has open cannot commit.
+
+        ``connection`` is the caller's. False if it is gone, or is no longer what it
+        was: nobody else's session is ended, nor the caller's own.
+        """
+        return False
+
+    def end_sessions_of(
+        self, connection: BaseDatabaseWrapper, worker: int, threads: int
+    ) -> int:
+        """End the marked sessions of a worker and the holder of its life; count them.
+
+        They may still be there for a moment, see `has_sessions_of`. ``threads`` tells
+        how many slots there are: 4 for each thread, and 4.
+        """
+        return 0
+
+    def has_sessions_of(
+        self, connection: BaseDatabaseWrapper, worker: int, threads: int
+    ) -> bool:
+        """Tell whether `end_sessions_of` would find any."""
+        return False
+
+    def seconds_up(self, connection: BaseDatabaseWrapper) -> float:
+        """Return for how long the server has been running."""
+        return inf
+
+    def is_life_free(self, connection: BaseDatabaseWrapper, worker: int) -> bool:
+        """Tell whether nobody holds the worker's lock just now, by taking it."""
+        with self.proof_of_death(connection, worker) as is_dead:
+            return is_dead
+
+    def listen(self, connection: BaseDatabaseWrapper) -> None:
+        """Let this session hear from now on what is sent to the queue's workers."""
+
+    def heard(self, connection: BaseDatabaseWrapper) -> list[str]:
+        """Return what has been sent since the last call, without waiting.
+
+        Raises Error if the session has ended or does not listen.
+        """
+        return []
+
+    def descriptor(self, connection: BaseDatabaseWrapper) -> int | None:
+        """Return the file number that can be read when something arrives, or the end.
+
+        None where the session has none.
+        """
+        return None
+
+    def data_version(self, connection: BaseDatabaseWrapper) -> int | None:
+        """Return a number that changes when others commit, where asking is nearly free.
+
+        It means nothing in another session.
+        """
+        return None
+
+    def leave_to_parent(self, connection: BaseDatabaseWrapper) -> None:
+        """Make the session that a fork has copied unusable here, not in the parent.
+
+        Its socket is already out of reach: see `async_queue.db.forks`.
+        """
 
 
 def _moment_of(text: Any) -> datetime:
@@ -187,7 +341,7 @@ def too_many_threads(threads: int, allowed: int) -> Iterator[Concern]:
         )
 
 
-def scalar(connection: BaseDatabaseWrapper, sql: str, params: tuple[Any, ...]) -> Any:
+def scalar(connection: BaseDatabaseWrapper, sql: str, params: Any) -> Any:
     """Return the one value that ``sql`` selects."""
     with connection.cursor() as cursor:
         cursor.execute(sql, params)

@@ -1,31 +1,98 @@
 """SQLite in a file, for one machine; in memory, for tests on one connection.
 
-It has one writer at a time, so the queue's writers stand in line before they begin:
-a mutex for the threads, a lock on a byte of a file beside the database for the
-processes. A worker holds the byte of its number for as long as its process lives.
+It has one writer at a time, so the queue's writers stand in line before they begin,
+in a file beside the database, where a worker holds the byte of its number for as long
+as its process lives; see `async_queue.db.sidefile`.
 """
 
 import os
+import sqlite3
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from threading import Event, Thread
+from typing import Any, NamedTuple, NoReturn
+from weakref import WeakKeyDictionary
 
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.utils import Error
 
 from async_queue.db.base import Concern, Vendor, scalar
+from async_queue.db.sidefile import HAS_PROCESSES, Place, SideFile, open_side_file
 
-try:
-    import fcntl
-except ImportError:  # Windows, where one process at a time may work
-    fcntl = None  # type: ignore[assignment]  # asked for below
-
-_BUSY, _LOCKED = 5, 6
+_TRANSIENT = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _FOR_EVER = 2**31 - 1
+# Seconds that the end of a session waits for a statement under way: before it is
+# interrupted, before it is again, and in all; and how often that is done afterwards.
+_STATEMENT, _LOOK, _LEAVING = 0.05, 0.005, 1.0
+_AGAIN = 5
 _NETWORKS = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "fuse.sshfs", "ceph", "afs")
-_LINE = 0  # the byte of whoever writes; workers' numbers start at 1
+
+
+class _Closed:
+    """Stands in for the driver's connection where its thread shall use it no more."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise sqlite3.ProgrammingError("Cannot operate on a closed database.")
+
+    def close(self) -> None:
+        """Do nothing: Django closes what is closed."""
+
+
+class _Ended(_Closed):
+    """The same, while another thread rolls back what is open, for good.
+
+    Only its own thread closes the connection. With a thread inside SQLite that would
+    crash the process, and with a cursor that was not read to its end it would roll
+    nothing back.
+    """
+
+    def __init__(self, driver: sqlite3.Connection) -> None:
+        self._driver = driver
+        self._is_over = Event()
+
+    def close(self) -> None:
+        self._is_over.wait()
+        self._driver.close()
+
+    def end(self) -> None:
+        """Return when nothing is open any more, or is waited for no longer."""
+        try:
+            Thread(target=self._roll_back, daemon=True).start()
+        except RuntimeError:  # at the end of the interpreter
+            self._interrupt()
+            self._roll_back()
+        deadline = time.monotonic() + _LEAVING
+        # An interrupt would stop the rollback, too, so it comes only where a statement
+        # is under way and keeps that waiting.
+        self._is_over.wait(_STATEMENT)
+        while not self._is_over.wait(_LOOK) and time.monotonic() < deadline:
+            self._interrupt()
+        # One may begin still, with a cursor that was at hand.
+        for _ in range(_AGAIN):
+            self._interrupt()
+            time.sleep(_LOOK)
+
+    def _roll_back(self) -> None:
+        with suppress(sqlite3.Error):
+            # First, or the thread's next statement would commit by itself.
+            self._driver.execute("PRAGMA query_only = 1")
+        with suppress(sqlite3.Error):
+            self._driver.rollback()
+        self._is_over.set()
+
+    def _interrupt(self) -> None:
+        with suppress(sqlite3.Error):  # its thread has closed it
+            self._driver.interrupt()
+
+
+class _Session(NamedTuple):
+    """By what another thread ends this one's session, and its turn."""
+
+    connection: BaseDatabaseWrapper
+    driver: sqlite3.Connection
+    place: Place | None
 
 
 class SQLite(Vendor):
@@ -33,8 +100,17 @@ class SQLite(Vendor):
     now = "strftime('%%Y-%%m-%%d %%H:%%M:%%f000', 'now')"
     shifted_now = "strftime('%%Y-%%m-%%d %%H:%%M:%%f000', 'now', %s)"
     runs_one_job_at_a_time = True
+    has_heartbeat = False
+    # As long as others wait to write, if their project says nothing else.
+    long_transaction = 5.0
+    harm_of_long_transactions = "everybody else from writing"
     # Where Linux tells which folders lie on which kind of file system.
     mounts = Path("/proc/mounts")
+
+    def __init__(self) -> None:
+        # By the connection, which one thread uses.
+        self._patience: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
+        self._places: WeakKeyDictionary[Any, Place] = WeakKeyDictionary()
 
     def shift(self, seconds: float) -> Any:
         return f"{seconds:+.6f} seconds"
@@ -49,7 +125,7 @@ class SQLite(Vendor):
         return own
 
     def prepare(self, connection: BaseDatabaseWrapper) -> str | None:
-        if self.is_single_connection(connection):
+        if self.is_single_connection(connection) or _journal_mode(connection) == "wal":
             return None
         with self.turn(connection), connection.cursor() as cursor:
             if _journal_mode(connection) == "wal":
@@ -62,27 +138,49 @@ class SQLite(Vendor):
         if self.is_single_connection(connection):
             yield
             return
-        with _side_file(connection).line(), _patient_writer(connection):
-            yield
+        patience = self._patience.get(connection)
+        deadline = None if patience is None else time.monotonic() + patience
+        place = self._places[connection] = Place()
+        try:
+            with (
+                _side_file(connection).line(place, deadline),
+                _patient_writer(connection, deadline),
+            ):
+                yield
+        finally:
+            self._places.pop(connection, None)
 
-    def start_session(self, connection: BaseDatabaseWrapper) -> None:
+    def start_session(
+        self, connection: BaseDatabaseWrapper, patience: float | None = None
+    ) -> None:
         # Text that is none stops whoever reads it; so it only breaks its row's seal.
         connection.ensure_connection()
         connection.connection.text_factory = lambda raw: raw.decode(errors="replace")
+        # With some statistics it would make an index of its own for each tick.
+        connection.connection.execute("PRAGMA automatic_index = OFF")
+        if patience is not None:
+            self._patience[connection] = patience
 
     def rolls_back(self, connection: BaseDatabaseWrapper, error: BaseException) -> bool:
         # As do INSERT OR ROLLBACK, RAISE(ROLLBACK) and a full disk.
-        driver = connection.connection
-        return driver is not None and not driver.in_transaction
+        return connection.connection is not None and not _is_in_transaction(connection)
 
     def is_transient(self, error: BaseException) -> bool:
         code = getattr(error.__cause__, "sqlite_errorcode", 0)
-        return code & 0xFF in (_BUSY, _LOCKED)
+        return code & 0xFF in _TRANSIENT
+
+    def is_session_lost(
+        self, connection: BaseDatabaseWrapper, error: BaseException
+    ) -> bool:
+        return isinstance(error, Error) and "closed database" in str(error)
 
     def is_inside_transaction(
         self, connection: BaseDatabaseWrapper, has_sent: bool
     ) -> bool:
-        return bool(connection.connection.in_transaction)
+        return _is_in_transaction(connection)
+
+    def is_in_transaction(self, connection: BaseDatabaseWrapper) -> bool:
+        return connection.connection is not None and _is_in_transaction(connection)
 
     def setting_concerns(
         self, connection: BaseDatabaseWrapper, *, threads: int, processes: int
@@ -95,7 +193,9 @@ class SQLite(Vendor):
                 "Give the database a file, or run its jobs in this process.",
             )
         if processes > 1:
-            allowed = "one writes at a time" if fcntl else "Windows allows only one"
+            allowed = (
+                "one writes at a time" if HAS_PROCESSES else "Windows allows only one"
+            )
             yield Concern(
                 "processes",
                 f"{processes} worker processes are set for SQLite, where {allowed}.",
@@ -137,6 +237,46 @@ class SQLite(Vendor):
         if not self.is_single_connection(connection):
             _side_file(connection).drop(worker)
 
+    def session_of(self, connection: BaseDatabaseWrapper) -> Any:
+        driver = connection.connection
+        if driver is None or self.is_single_connection(connection):
+            return None
+        place = self._places.get(connection)
+        return _Session(connection, driver, place)
+
+    def end_session(self, connection: BaseDatabaseWrapper, session: Any) -> bool:
+        if session is None:
+            return False
+        theirs, driver, place = session
+        current = self._places.get(theirs)
+        if theirs.connection is not driver or place not in (None, current):
+            return False
+        # At once, so that whatever the thread does next through Django fails.
+        theirs.connection = ended = _Ended(driver)
+        if current is not None:
+            # Before the thread can leave it to others, who may be long.
+            _side_file(theirs).inherit(current)
+        ended.end()
+        return True
+
+    def data_version(self, connection: BaseDatabaseWrapper) -> int | None:
+        if connection.connection is None:
+            connection.ensure_connection()
+        # Past Django's cursor, which takes ten times as long as SQLite.
+        with connection.wrap_database_errors:
+            row = connection.connection.execute("PRAGMA data_version").fetchone()
+        return int(row[0])
+
+    def leave_to_parent(self, connection: BaseDatabaseWrapper) -> None:
+        connection.connection = _Closed()
+
+
+def _is_in_transaction(connection: BaseDatabaseWrapper) -> bool:
+    try:
+        return bool(connection.connection.in_transaction)
+    except sqlite3.ProgrammingError:  # closed
+        return False
+
 
 def _journal_mode(connection: BaseDatabaseWrapper) -> str:
     return str(scalar(connection, "PRAGMA journal_mode", ()))
@@ -154,78 +294,36 @@ def _network_of(path: str, mounts: Path) -> str | None:
 
 
 @contextmanager
-def _patient_writer(connection: Any) -> Iterator[None]:
-    """Begin transactions as a writer at once, and wait for other writers for ever.
+def _patient_writer(connection: Any, deadline: float | None) -> Iterator[None]:
+    """Begin transactions as a writer at once, and wait for others until ``deadline``.
 
     A deferred transaction that has read fails at its first write, without waiting,
     when somebody else wrote meanwhile.
     """
     connection.ensure_connection()
     driver = connection.connection
-    (timeout,) = driver.execute("PRAGMA busy_timeout").fetchone()
-    driver.execute(f"PRAGMA busy_timeout = {_FOR_EVER}")
+    with connection.wrap_database_errors:
+        (timeout,) = driver.execute("PRAGMA busy_timeout").fetchone()
+        driver.execute(f"PRAGMA busy_timeout = {_milliseconds_until(deadline)}")
     mode = connection.transaction_mode
     connection.transaction_mode = "IMMEDIATE"
     try:
         yield
     finally:
         connection.transaction_mode = mode
-        if connection.connection is driver:
-            driver.execute(f"PRAGMA busy_timeout = {timeout}")
+        with suppress(sqlite3.Error):  # closed by the job, or ended just now
+            if connection.connection is driver:
+                driver.execute(f"PRAGMA busy_timeout = {timeout}")
 
 
-class _SideFile:
-    """The file of locks beside a database.
-
-    POSIX frees a process's locks when it closes any descriptor of the file, so there
-    is one for each database and it stays open. They do not keep out threads of the
-    same process, hence ``_mine`` and the mutex.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._mutex = Lock()
-        self._mine: set[int] = set()
-
-    @contextmanager
-    def line(self) -> Iterator[None]:
-        """Stand in line for the right to write."""
-        with self._mutex:
-            if fcntl:
-                fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, _LINE)
-            try:
-                yield
-            finally:
-                if fcntl:
-                    fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _LINE)
-
-    def take(self, number: int) -> bool:
-        """Take the byte of a worker; False if somebody lives who has it."""
-        if number in self._mine:
-            return False
-        if fcntl:
-            try:
-                exclusive = fcntl.LOCK_EX | fcntl.LOCK_NB
-                fcntl.lockf(self._descriptor, exclusive, 1, number)
-            except OSError:
-                return False
-        self._mine.add(number)
-        return True
-
-    def drop(self, number: int) -> None:
-        """Give the byte of a worker back."""
-        if fcntl:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, number)
-        self._mine.discard(number)
+def _milliseconds_until(deadline: float | None) -> int:
+    if deadline is None:
+        return _FOR_EVER
+    return max(0, round(1000 * (deadline - time.monotonic())))
 
 
-@cache
-def _open_side_file(path: str) -> _SideFile:
-    return _SideFile(path)
-
-
-def _side_file(connection: BaseDatabaseWrapper) -> _SideFile:
-    return _open_side_file(f"{_path(connection)}-aqlock")
+def _side_file(connection: BaseDatabaseWrapper) -> SideFile:
+    return open_side_file(f"{_path(connection)}-aqlock")
 
 
 def _path(connection: BaseDatabaseWrapper) -> str:
