@@ -3,7 +3,26 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-POINTS = frozenset({"after_claim", "before_fence", "after_fence"})
+# In the order in which a worker and its jobs come to them.
+POINTS = (
+    "after_register",
+    "before_claim",
+    "after_claim",
+    "before_run",
+    "after_call",
+    "before_fence",
+    "after_fence",
+    "after_commit",
+    "before_record",
+    "after_record",
+    "before_release",
+    "after_release",
+    "after_beat",
+    "after_promote",
+    "after_burial",
+    "after_rescue",
+    "before_unregister",
+)
 
 _actions: dict[str, Callable[[], object]] = {}
 
@@ -18,7 +37,7 @@ def point(name: str) -> None:
 def at(name: str, action: Callable[[], object]) -> Iterator[None]:
     """Call ``action``, in whatever thread gets there, whenever ``name`` is reached."""
     if name not in POINTS:
-        raise ValueError(f"{name!r} is none of {', '.join(sorted(POINTS))}")
+        raise ValueError(f"{name!r} is none of {', '.join(POINTS)}")
     _actions[name] = action
     try:
         yield

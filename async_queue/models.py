@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from django.db import models
+from django.db import connections, models
 from django.db.backends.base.schema import BaseDatabaseSchemaEditor
 from django.db.backends.ddl_references import Statement
 from django.db.models import Q
@@ -69,13 +69,22 @@ TRANSITIONS: dict[str, Transition] = {
     "release": Transition((Status.RUNNING,), Status.READY, {"worker": None}),
     # its worker has died
     "rescue": Transition((Status.RUNNING,), Status.READY, {"worker": None}),
+    # the process in which it ran alone has died, and it is to be tried once more
+    "crash": Transition((Status.RUNNING,), Status.READY, {"worker": None}),
     # somebody, or the job itself, wants it no more
     "cancel": Transition(LIVE, Status.CANCELLED, _FINISHED),
     # a person wants it once more
     "run again": Transition(
         FINAL,
         Status.READY,
-        {"finished_at": None, "result": None, "failures": 0, "run_after": Now()},
+        {
+            "finished_at": None,
+            "result": None,
+            "failures": 0,
+            "crashes": 0,
+            "suspect": False,
+            "run_after": Now(),
+        },
     ),
 }
 
@@ -101,6 +110,18 @@ class JobQuerySet(models.QuerySet):  # type: ignore[type-arg]  # not at runtime
             worker_id=job.worker,
             attempt=job.attempt,
         )
+
+    def unlocked(self) -> "JobQuerySet":
+        """Those whose rows nobody has locked; reading them, in a transaction, does.
+
+        All of them where rows cannot be locked one by one.
+        """
+        features = connections[self.db].features
+        if not features.has_select_for_update_skip_locked:
+            return self
+        # Somebody's row that refers to a job's is no obstacle.
+        no_key = features.has_select_for_no_key_update
+        return self.select_for_update(skip_locked=True, no_key=no_key)
 
     def transition(self, action: str, **changes: Any) -> int:
         """Do ``action`` to those jobs that are in a state for it; return how many.
@@ -146,13 +167,21 @@ class StatusIndex(models.Index):
 
 
 class Worker(models.Model):
-    """A process that runs jobs; a new row at every registration."""
+    """A process that runs jobs; a new row at every registration.
+
+    ``beat`` counts the beats of its heart, by which others see that it has not
+    stalled; ``seen_at``, the moment of the last, is for people. Where it ``has_lock``,
+    that one is free when the worker has died.
+    """
 
     host = models.CharField(max_length=255)
     pid = models.PositiveIntegerField()
     version = models.CharField(max_length=32)
     queues = models.TextField(help_text="comma-separated; empty for all")
     threads = models.PositiveSmallIntegerField()
+    beat = models.PositiveBigIntegerField(default=0)
+    wants_wakeup = models.BooleanField(default=False)
+    has_lock = models.BooleanField(default=True)
     seen_at = MomentField()
     dead_at = MomentField(null=True, blank=True)
 
@@ -168,7 +197,8 @@ class Job(models.Model):
 
     ``rank`` is the negated priority, so that the order of the claim ascends in every
     column. ``attempt`` is the fencing number and only grows; ``failures`` counts
-    what uses up the job's attempts.
+    what uses up the job's attempts. A ``suspect`` has lost its worker more than once,
+    so it runs in a process of its own; ``crashes`` counts those that died of it.
     """
 
     Status = Status
@@ -183,8 +213,10 @@ class Job(models.Model):
     rank = models.SmallIntegerField(default=0)
     run_after = MomentField()
     status = models.CharField(max_length=10, choices=Status, default=Status.READY)
-    attempt = models.PositiveIntegerField(default=0)
-    failures = models.PositiveIntegerField(default=0)
+    attempt = models.PositiveIntegerField(default=0, db_default=0)
+    failures = models.PositiveIntegerField(default=0, db_default=0)
+    suspect = models.BooleanField(default=False, db_default=False)
+    crashes = models.PositiveIntegerField(default=0, db_default=0)
     worker = models.ForeignKey(
         Worker,
         on_delete=models.DO_NOTHING,
@@ -210,7 +242,7 @@ class Job(models.Model):
         indexes = (
             StatusIndex(
                 status=Status.READY,
-                fields=["queue", "rank", "run_after", "id"],
+                fields=["suspect", "queue", "rank", "run_after", "id"],
                 name="async_queue_job_ready",
             ),
             StatusIndex(
@@ -311,3 +343,25 @@ class Attempt(models.Model):
 
     def __str__(self) -> str:
         return f"attempt {self.number} of job {self.job_id}: {self.exception}"
+
+
+class Progress(models.Model):
+    """How far a job says it is; written outside of the job's transaction."""
+
+    job = models.OneToOneField(
+        Job,
+        on_delete=models.CASCADE,
+        primary_key=True,
+        related_name="progress",
+        db_constraint=False,
+    )
+    done = models.PositiveBigIntegerField()
+    total = models.PositiveBigIntegerField(null=True, blank=True)
+    note = models.CharField(max_length=255, blank=True)
+
+    class Meta:
+        db_table = "async_queue_progress"
+
+    def __str__(self) -> str:
+        of = "" if self.total is None else f" of {self.total}"
+        return f"job {self.job_id}: {self.done}{of} {self.note}".rstrip()

@@ -1,13 +1,13 @@
 """What the queue announces, and the log lines that come of it.
 
-Receivers run in the thread of the job, outside of its transaction; what they raise
-is logged by Django and changes nothing.
+Receivers run in a thread of jobs and in the job's context, outside of its transaction;
+what they raise is logged by Django and changes nothing.
 """
 
 import logging
 from typing import Any
 
-from django.dispatch import Signal, receiver
+from django.dispatch import Signal
 
 from async_queue.exceptions import NotYetRunnable
 
@@ -19,11 +19,12 @@ job_started = Signal()
 job_finished = Signal()
 
 _LINES = {
-    "succeed": (logging.INFO, "job %s %s succeeded in %.3f s"),
+    "succeed": (logging.DEBUG, "job %s %s succeeded in %.3f s"),
     "retry": (logging.WARNING, "job %s %s raised after %.3f s, will be tried again"),
     "snooze": (logging.INFO, "job %s %s was put off after %.3f s"),
     "cancel": (logging.INFO, "job %s %s was cancelled after %.3f s"),
     "fail": (logging.ERROR, "job %s %s failed for good after %.3f s"),
+    "crash": (logging.ERROR, "job %s %s took its process with it after %.3f s"),
     "release": (logging.INFO, "job %s %s was given back after %.3f s"),
     "lose": (
         logging.WARNING,
@@ -31,13 +32,14 @@ _LINES = {
     ),
 }
 
-_WITH_TRACEBACK = ("retry", "fail", "lose")
+_WITH_TRACEBACK = ("retry", "fail", "crash", "lose")
 
 
-@receiver(job_finished, dispatch_uid="async_queue.log")
-def log_outcome(*, job: Any, outcome: Any, seconds: float, **kwargs: Any) -> None:
-    """Write one line for each run: INFO, or louder if somebody should look."""
+def log_outcome(job: Any, outcome: Any, seconds: float) -> None:
+    """Write one line for each run: the louder, the more somebody should look."""
     level, line = _LINES[outcome.action]
+    if level == logging.DEBUG and not logger.isEnabledFor(level):
+        return  # at once: of all there are, these are by far the most
     # Of a refused row the function may be any text.
     name = job.function if str(job.function).isprintable() else ascii(job.function)
     shown = [job.id, name, seconds]

@@ -7,6 +7,7 @@ import factory
 from django.db import connection
 
 from async_queue import codec, statements
+from async_queue.db import vendor
 from async_queue.models import Attempt, Job, Status, Worker
 
 
@@ -27,6 +28,24 @@ class WorkerFactory(factory.django.DjangoModelFactory[Worker]):
 
     class Params:
         dead = factory.Trait(dead_at=factory.LazyFunction(now))
+
+
+_lives: set[int] = set()
+
+
+def living(**columns: Any) -> Worker:
+    """Return a worker that shows signs of life, until `let_die`."""
+    worker = WorkerFactory(**columns)
+    facts = vendor(connection)
+    if not facts.has_heartbeat and facts.take_life(connection, worker.pk):
+        _lives.add(worker.pk)
+    return worker
+
+
+def let_die() -> None:
+    """Take their lives from the workers of `living`."""
+    while _lives:
+        vendor(connection).drop_life(connection, _lives.pop())
 
 
 class JobFactory(factory.django.DjangoModelFactory[Job]):

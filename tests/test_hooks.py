@@ -23,13 +23,18 @@ def test_one_pass_on_a_job_reaches_every_point() -> None:
 
     job.refresh_from_db()
     assert job.status == Status.SUCCESSFUL
-    # There is one look more, that finds no job.
-    assert sorted(set(reached)) == sorted(hooks.POINTS)
+    # What nothing calls for: a failure, something to give back, to promote, to rescue.
+    idle = [
+        point
+        for point in hooks.POINTS
+        if point.endswith(("_record", "_release", "_promote", "_burial", "_rescue"))
+    ]
+    assert set(reached) == set(hooks.POINTS) - set(idle)
     assert reached.count("before_fence") == reached.count("after_fence") == 1
 
 
 def test_a_point_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'behind_fence'.*after_fence, before_fence"):
+    with pytest.raises(ValueError, match=r"'behind_fence'.*before_fence, after_fence"):
         hooks.at("behind_fence", list).__enter__()
 
 

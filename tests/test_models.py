@@ -13,7 +13,7 @@ pytestmark = pytest.mark.django_db
 
 TABLES = (Job, Attempt, Worker)
 EXPECTED_INDEXES = {
-    "async_queue_job_ready": ["queue", "rank", "run_after", "id"],
+    "async_queue_job_ready": ["suspect", "queue", "rank", "run_after", "id"],
     "async_queue_job_waiting": ["run_after", "id"],
     "async_queue_job_running": ["worker_id", "id"],
 }
