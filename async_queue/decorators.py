@@ -79,6 +79,8 @@ def job(
     discard_on: Any = ...,
     retry_on: Any = ...,
     expires_after: Any = ...,
+    timeout: Any = ...,
+    atomic: bool = ...,
 ) -> Callable[[Callable[P, R]], JobFunction[P, R]]: ...
 def job(
     function: Callable[..., Any] | None = None,

@@ -6,33 +6,51 @@ Workers call `execute` in a thread of their pool; `Job.execute()` is `execute_he
 import logging
 import random
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from contextvars import Context, copy_context
 from functools import partial
 from inspect import iscoroutinefunction
-from typing import Any
+from typing import Any, NamedTuple
 
 from asgiref.sync import async_to_sync
 from django.db import Error, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.transaction import atomic
 
-from async_queue import callables, codec, conf, context, outcomes, retries, statements
+from async_queue import (
+    callables,
+    codec,
+    conf,
+    context,
+    hooks,
+    outcomes,
+    retries,
+    statements,
+)
 from async_queue.context import RunningJob
-from async_queue.db import awake
+from async_queue.db import awake, vendor
 from async_queue.exceptions import (
     ClaimLost,
     CorruptArguments,
     InsideTransaction,
     InvalidOption,
     JobExpired,
+    JobTimeout,
     NotExecutable,
     SealBroken,
 )
-from async_queue.fence import perform, transaction
+from async_queue.fence import (
+    Returned,
+    pass_fence,
+    perform,
+    perform_outside,
+    transaction,
+)
 from async_queue.models import Job
 from async_queue.outcomes import Outcome
-from async_queue.signals import job_finished, job_started
+from async_queue.retries import Policy
+from async_queue.signals import job_finished, job_started, log_outcome
 
 logger = logging.getLogger("async_queue")
 
@@ -41,20 +59,117 @@ _RERUN_PAUSES = (0.05, 0.2, 0.8)
 # Seconds before an outcome that could not be written is written again.
 _RECORD_PAUSES = (0.0, 0.1, 0.5, 2.0, 8.0)
 
+_SUCCESS = Outcome("succeed")
+
+
+class Unrecorded(NamedTuple):
+    """A job that has succeeded, has written nothing, and is not recorded yet.
+
+    ``context`` is the one in which it ran, for whoever announces its end.
+    """
+
+    job: RunningJob
+    result: str | None
+    seconds: float
+    context: Context
+
 
 def execute(job: RunningJob) -> Outcome:
     """Run a claimed job in this thread; return its outcome, which is recorded.
 
-    Whatever the job raises is part of the outcome.
+    Whatever the job raises is part of the outcome. A run that was ended from outside
+    is not recorded here, but by whoever ended it: with `end`.
+    """
+    outcome = run(job)
+    return record(outcome) if isinstance(outcome, Unrecorded) else outcome
+
+
+def run(job: RunningJob) -> Outcome | Unrecorded:
+    """Run a claimed job as `execute` does, but leave an empty success to be recorded.
+
+    That is to be done with others by `record_many`, or with `record`.
     """
     started_at = time.monotonic()
     job_started.send_robust(sender=Job, job=job)
-    with awake(job.alias), context.running(job):
-        error = _attempt(job)
-        outcome = Outcome("succeed") if error is None else _settle(job, error)
+    with context.running(job):
+        ended = _attempt(job)
+        is_recorded = isinstance(ended, Returned) and not ended.is_empty
+        if job.control.is_ended and not is_recorded:
+            # Its session was ended, or is about to be.
+            connections[job.alias].close()
+            return Outcome("lose", job.control.cause)
+        outcome = _settle(job, ended) if isinstance(ended, BaseException) else _SUCCESS
     seconds = time.monotonic() - started_at
-    job_finished.send_robust(sender=Job, job=job, outcome=outcome, seconds=seconds)
+    if isinstance(ended, Returned) and ended.is_empty:
+        return Unrecorded(job, ended.result, seconds, copy_context())
+    _announce(job, outcome, seconds)
     return outcome
+
+
+def record_many(
+    connection: BaseDatabaseWrapper, runs: Sequence[Unrecorded]
+) -> set[tuple[int, int]]:
+    """Record successes by one statement; return the claims of those that are.
+
+    `record` is to do the others, and `announce_success` is to follow.
+    """
+    hooks.point("before_fence")
+    recorded = statements.finish_many(
+        connection, [(run.job, run.result) for run in runs]
+    )
+    hooks.point("after_commit")
+    return recorded
+
+
+def announce_success(run: Unrecorded) -> Outcome:
+    """Announce the success that is recorded; return it."""
+    _announce(run.job, _SUCCESS, run.seconds)
+    return _SUCCESS
+
+
+def record(unrecorded: Unrecorded) -> Outcome:
+    """Record a success by itself; return what has become of the job."""
+    job, outcome = unrecorded.job, _SUCCESS
+    try:
+        _record_success(job, unrecorded.result)
+    except Exception as error:
+        outcome = _settle(job, error)
+    _announce(job, outcome, unrecorded.seconds)
+    return outcome
+
+
+def settle(job: RunningJob, error: BaseException) -> Outcome:
+    """Record a run that did not end by itself, in its thread; return its outcome."""
+    outcome = _settle(job, error)
+    _announce(job, outcome, time.monotonic() - (job.control.began_at or 0.0))
+    return outcome
+
+
+def end(job: RunningJob) -> bool:
+    """Record a run that was ended from outside, on a connection of the caller's.
+
+    False if it is to be done later, because somebody has locked the job's row.
+    """
+    cause = job.control.cause
+    assert cause is not None
+    outcome = outcomes.decide(job, cause)
+    with transaction(connections[job.alias]):
+        if outcomes.is_locked(job):
+            return False
+        is_recorded = outcomes.record(job, outcome)
+    # Its commit may have come first; then its own thread says so.
+    if not is_recorded and outcomes.has_succeeded(job):
+        return True
+    if not is_recorded:
+        outcome = Outcome("lose", cause)
+    _announce(job, outcome, time.monotonic() - (job.control.began_at or 0.0))
+    return True
+
+
+def _announce(job: RunningJob, outcome: Outcome, seconds: float) -> None:
+    job_finished.send_robust(sender=Job, job=job, outcome=outcome, seconds=seconds)
+    with suppress(Exception):  # of a filter or formatter of the project's
+        log_outcome(job, outcome, seconds)
 
 
 def execute_here(row: Job) -> Any:
@@ -68,7 +183,8 @@ def execute_here(row: Job) -> Any:
             job = _claim_here(connection, row)
             running.enter_context(context.running(job))
             job_started.send_robust(sender=Job, job=job)
-            value = perform(connection, job, _resolve(job))
+            returned = perform(connection, job, _resolve(job)[0])
+            pass_fence(connection, job, returned.result)
     except KeyboardInterrupt:
         raise
     # A job that calls sys.exit() has failed here, too.
@@ -79,7 +195,7 @@ def execute_here(row: Job) -> Any:
     finally:
         if job is not None:
             row.refresh_from_db()
-    return value
+    return returned.value
 
 
 context.execute_here = execute_here
@@ -99,21 +215,35 @@ def _refuse_nesting(connection: BaseDatabaseWrapper, row: Job) -> None:
         ) from error
 
 
-def _attempt(job: RunningJob) -> BaseException | None:
-    """Run the job; return what it raised."""
+def _attempt(job: RunningJob) -> Returned | BaseException:
+    """Run the job; return what it returned, and recorded unless empty, or raised."""
     try:
-        call = _resolve(job)
-        _run(job, call)
+        call, policy = _resolve(job)
+        job.control.is_atomic = policy.atomic
+        if policy.timeout is not None:
+            job.control.timeout = policy.timeout.total_seconds()
+        return (_run if policy.atomic else _run_outside)(job, call)
     # A job that calls sys.exit() must not end a worker's thread.
     except BaseException as error:
-        return error
-    return None
+        return _timeout(job, error) or error
 
 
-def _resolve(job: RunningJob) -> Callable[[], Any]:
+def _timeout(job: RunningJob, error: BaseException) -> JobTimeout | None:
+    """Return a JobTimeout if the database has seen first that the time is up."""
+    deadline = job.control.deadline
+    if deadline is None or time.monotonic() < deadline:
+        return None
+    if not vendor(connections[job.alias]).is_over_limit(error):
+        return None
+    timeout = JobTimeout("a statement of the job has taken longer than its timeout")
+    timeout.__cause__ = error
+    return timeout
+
+
+def _resolve(job: RunningJob) -> tuple[Callable[[], Any], Policy]:
     """Return the call that the row asks for, once it has proved to be ours."""
     sealed = (job.function, job.args, job.kwargs, job.meta)
-    if not all(isinstance(text, str) for text in (*sealed, job.seal)):
+    if {*map(type, sealed), type(job.seal)} != {str}:
         raise CorruptArguments("the row holds bytes or numbers where text belongs")
     is_unsealed = not job.seal and job.function in conf.settings().unsealed
     if not is_unsealed:
@@ -123,13 +253,13 @@ def _resolve(job: RunningJob) -> Callable[[], Any]:
         raise CorruptArguments("args must be a JSON array, kwargs and meta objects")
     if is_unsealed:
         _check_unsealed(job, meta)
-    expires_after = outcomes.policy_of(job, meta).expires_after
-    if expires_after and job.claimed_at - job.run_after > expires_after:
-        raise JobExpired(f"job {job.id} was not started within {expires_after}")
+    policy = outcomes.policy_of(job, meta)
+    if policy.expires_after and job.claimed_at - job.run_after > policy.expires_after:
+        raise JobExpired(f"job {job.id} was not started within {policy.expires_after}")
     function = callables.resolve(job.function)
     if iscoroutinefunction(function):
         function = async_to_sync(function)
-    return partial(function, *args, **kwargs)
+    return partial(function, *args, **kwargs), policy
 
 
 def _check_unsealed(job: RunningJob, meta: dict[str, Any]) -> None:
@@ -147,20 +277,75 @@ def _check_unsealed(job: RunningJob, meta: dict[str, Any]) -> None:
         raise CorruptArguments(str(error)) from error
 
 
-def _run(job: RunningJob, call: Callable[[], Any]) -> None:
+def _run(job: RunningJob, call: Callable[[], Any]) -> Returned:
     """Run in a transaction, again if the database rolled it back by itself."""
-    connection = connections[job.alias]
-    for pause in (*_RERUN_PAUSES, None):
+    pauses = iter(_RERUN_PAUSES)
+    while True:
         try:
-            with transaction(connection):
-                perform(connection, job, call)
-            return
+            with _session(job) as connection, transaction(connection):
+                _let_be_cut_off(connection, job)
+                returned = perform(connection, job, call)
+                if not returned.is_empty:
+                    pass_fence(connection, job, returned.result)
+            if not returned.is_empty:
+                hooks.point("after_commit")
+            return returned
         except Exception as error:
-            if pause is None or not outcomes.is_transient(job, error):
+            is_over = job.control.is_ended or not outcomes.is_transient(job, error)
+            pause = next(pauses, None)
+            if pause is None or is_over:
                 raise
         time.sleep(pause * random.random())
-        if not Job.objects.using(job.alias).held(job).exists():
+        if not _is_still_held(job):
             raise ClaimLost(f"job {job.id} is no longer this worker's")
+
+
+def _run_outside(job: RunningJob, call: Callable[[], Any]) -> Returned:
+    """Run in autocommit, and record the success afterwards."""
+    with _session(job) as connection:
+        connection.ensure_connection()
+        _let_be_cut_off(connection, job)
+        result = perform_outside(connection, job, call)
+    _record_success(job, result)
+    return Returned(None, result, is_empty=False)
+
+
+def _record_success(job: RunningJob, result: str | None) -> None:
+    """Pass the fence in a transaction of its own, again while that fails."""
+    for pause in (*_RECORD_PAUSES, None):
+        try:
+            with _session(job) as connection, transaction(connection):
+                pass_fence(connection, job, result)
+            return
+        except Error:
+            if pause is None:
+                raise
+            connections[job.alias].close_if_unusable_or_obsolete()
+        time.sleep(pause)
+
+
+def _session(job: RunningJob) -> AbstractContextManager[BaseDatabaseWrapper]:
+    return awake(job.alias, job.worker, job.control.slot)
+
+
+def _let_be_cut_off(connection: BaseDatabaseWrapper, job: RunningJob) -> None:
+    """Let whoever holds the job's control end its session."""
+    facts = vendor(connection)
+    session = facts.session_of(connection)
+    if session is None and connection.in_atomic_block:
+        session = facts.mark_transaction(connection, job.worker)
+    job.control.cut_off = lambda own: facts.end_session(own, session)
+    if job.control.timeout is not None and connection.in_atomic_block:
+        facts.limit_statements(connection, job.control.timeout)
+
+
+def _is_still_held(job: RunningJob) -> bool:
+    """Tell whether the claim stands; as if it did, while the database is away."""
+    connections[job.alias].close_if_unusable_or_obsolete()
+    try:
+        return Job.objects.using(job.alias).held(job).exists()
+    except Error:
+        return True
 
 
 def _settle(job: RunningJob, error: BaseException) -> Outcome:
@@ -179,7 +364,7 @@ def _settle(job: RunningJob, error: BaseException) -> Outcome:
             logger.warning(
                 "job %s: its outcome cannot be recorded: %s", job.id, failure
             )
-    logger.error("job %s: given up; it will be rescued when this worker ends", job.id)
+    logger.error("job %s: given up; it runs again when the database is back", job.id)
     return Outcome("lose", error)
 
 

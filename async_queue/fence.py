@@ -6,9 +6,9 @@ Whatever the function does to the transaction in between is found out here.
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db import Error, InternalError
 from django.db import transaction as transactions
@@ -16,7 +16,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from async_queue import codec, hooks, statements
 from async_queue.context import RunningJob
-from async_queue.db import vendor
+from async_queue.db import Vendor, vendor
 from async_queue.exceptions import (
     ClaimLost,
     InsideTransaction,
@@ -31,57 +31,103 @@ _CANNOT_COMMIT = (
 )
 
 
-@contextmanager
-def transaction(connection: BaseDatabaseWrapper) -> Iterator[None]:
-    """Open a transaction of the queue's, when it is its turn; never inside another."""
-    facts = vendor(connection)
+def transaction(connection: BaseDatabaseWrapper) -> AbstractContextManager[None]:
+    """Return a transaction of the queue, begun at its turn; never inside another."""
     if not connection.in_atomic_block and not connection.get_autocommit():
         raise InsideTransaction(
             f"the database {connection.alias!r} has AUTOCOMMIT switched off, so that "
             "nothing would be committed: leave it on"
         )
-    with (
-        facts.turn(connection),
-        transactions.atomic(using=connection.alias, durable=True),
-    ):
+    facts = vendor(connection)
+    block: Any = transactions.atomic(using=connection.alias, durable=True)
+    if not facts.runs_one_job_at_a_time:
+        return block  # type: ignore[no-any-return]
+    return _in_turn(facts.turn(connection), block)
+
+
+@contextmanager
+def _in_turn(
+    turn: AbstractContextManager[None], block: AbstractContextManager[None]
+) -> Iterator[None]:
+    with turn, block:
         yield
+
+
+class Returned(NamedTuple):
+    """What a function has returned, and how it is stored.
+
+    It ``is_empty`` when its transaction holds nothing, and has nothing to do once it
+    has committed; so that it does not matter when the success is recorded.
+    """
+
+    value: Any
+    result: str | None
+    is_empty: bool
 
 
 def perform(
     connection: BaseDatabaseWrapper, job: RunningJob, call: Callable[[], Any]
-) -> Any:
-    """Call the function and pass the fence, inside the `transaction` of both.
+) -> Returned:
+    """Call the function inside the `transaction` that is to hold the fence, too.
 
-    Return what the function returned. What this raises, or leaving the transaction
-    raises, means that the job has not succeeded, or that nobody knows yet.
+    What this raises, or `pass_fence` or leaving the transaction raises, means that the
+    job has not succeeded, or that nobody knows yet.
     """
-    value = _call_guarded(connection, job, call)
-    result = None if value is None else codec.encode(value, "the return value")
-    hooks.point("before_fence")
-    _pass_fence(connection, job, result)
-    hooks.point("after_fence")
-    _shield_hooks(connection, job)
-    return value
-
-
-def _call_guarded(
-    connection: BaseDatabaseWrapper, job: RunningJob, call: Callable[[], Any]
-) -> Any:
-    guard = _Guard(connection)
+    facts = vendor(connection)
+    guard = _Guard(connection, facts)
     with _open_blocks_closed(connection, job), connection.execute_wrapper(guard):
-        value = call()
+        value = job.control.call(call)
     guard.check()
-    if connection.get_rollback():
+    if not connection.in_atomic_block or connection.get_rollback():
         raise TransactionBroken(
             f"job {job.id} caught a database error, closed the connection or called "
             f"set_rollback(), so {_CANNOT_COMMIT}"
         )
-    if not vendor(connection).is_inside_transaction(connection, guard.has_sent):
+    if not facts.is_inside_transaction(connection, guard.has_sent):
         raise TransactionBroken(
             f"job {job.id} ended its transaction through the driver: what it did "
             "before that is committed, and the job may run again"
         )
-    return value
+    hooks.point("after_call")
+    is_empty = (
+        facts.begins_late
+        and not guard.has_sent
+        and not connection.run_on_commit
+        and not facts.is_in_transaction(connection)
+    )
+    return Returned(value, _encoded(value), is_empty)
+
+
+def perform_outside(
+    connection: BaseDatabaseWrapper, job: RunningJob, call: Callable[[], Any]
+) -> str | None:
+    """Call the function in autocommit; return its encoded return value.
+
+    What it did is done, whatever becomes of the record of it; see `pass_fence`.
+    """
+    try:
+        value = job.control.call(call)
+    finally:
+        _leave_no_transaction(connection, job)
+    hooks.point("after_call")
+    return _encoded(value)
+
+
+def _encoded(value: Any) -> str | None:
+    return None if value is None else codec.encode(value, "the return value")
+
+
+def _leave_no_transaction(connection: BaseDatabaseWrapper, job: RunningJob) -> None:
+    try:
+        is_open = vendor(connection).is_in_transaction(connection)
+    except Error:  # the session is lost, and with it whatever was open
+        connection.close()
+        return
+    if connection.in_atomic_block or is_open:
+        logger.warning(
+            "job %s left a transaction open; it is rolled back: use atomic()", job.id
+        )
+        connection.close()
 
 
 @contextmanager
@@ -105,9 +151,11 @@ def _open_blocks_closed(
         )
 
 
-def _pass_fence(
+def pass_fence(
     connection: BaseDatabaseWrapper, job: RunningJob, result: str | None
 ) -> None:
+    """Make the job SUCCESSFUL in the open transaction, or raise ClaimLost."""
+    hooks.point("before_fence")
     try:
         stands = statements.finish(connection, job, result)
     except InternalError as error:
@@ -118,14 +166,16 @@ def _pass_fence(
         raise ClaimLost(
             f"job {job.id} was cancelled, or given to another worker, while it ran"
         )
+    hooks.point("after_fence")
+    _shield_hooks(connection, job)
 
 
 class _Guard:
     """Stands between a job and its connection, as an execute_wrapper of Django."""
 
-    def __init__(self, connection: BaseDatabaseWrapper) -> None:
+    def __init__(self, connection: BaseDatabaseWrapper, facts: Vendor) -> None:
         self._connection = connection
-        self._facts = vendor(connection)
+        self._facts = facts
         self.has_sent = False
         self._rollback: BaseException | None = None
 
@@ -139,6 +189,11 @@ class _Guard:
     ) -> Any:
         # What follows a rollback would be committed without what went before.
         self.check()
+        if not self._connection.in_atomic_block:
+            raise TransactionBroken(
+                "somebody has left the job's transaction, such as a generator of "
+                "another one that was suspended in an atomic() block and is collected"
+            )
         if keyword := self._facts.refused_statement(sql):
             raise StatementRefused(
                 f"{keyword} would end the transaction in which this job commits with "

@@ -6,7 +6,7 @@ claim still stands.
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,16 +15,20 @@ from django.db import connections
 from django.db.models import F, Min
 from django.db.models.functions import Least
 
-from async_queue import callables, codec, retries
+from async_queue import callables, codec, conf, hooks, retries
 from async_queue.context import RunningJob
 from async_queue.db import Now, vendor
 from async_queue.exceptions import (
     Cancel,
+    JobCancelled,
     JobExpired,
+    JobTimeout,
     NotYetRunnable,
     Retry,
     RowRefused,
     Snooze,
+    WorkerCrashed,
+    WorkerStopping,
 )
 from async_queue.models import LOWEST, Attempt, Job, Status
 from async_queue.retries import Policy
@@ -52,18 +56,37 @@ class Outcome:
     loses_priority: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A job that has run, what came of it, and how many seconds it took."""
+
+    job: RunningJob
+    outcome: Outcome
+    seconds: float
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the job raised what it should not, or will never succeed."""
+        action, error = self.outcome.action, self.outcome.error
+        if action == "retry":
+            return not isinstance(error, Retry)
+        return action in ("fail", "crash") or isinstance(error, JobTimeout)
+
+
 def decide(job: RunningJob, error: BaseException) -> Outcome:
     """Return what is to become of a job that raised ``error``."""
-    if isinstance(error, KeyboardInterrupt) and _is_main_thread():
+    if isinstance(error, WorkerStopping) or _is_interrupt(error):
         return Outcome("release", error)
     if isinstance(error, Snooze):
         return Outcome("snooze", error, _asked_delay(error) or timedelta(0))
     if isinstance(error, NotYetRunnable) or is_transient(job, error):
         return _put_off(job, error)
-    if isinstance(error, (Cancel, JobExpired)):
+    if isinstance(error, (Cancel, JobCancelled, JobExpired)):
         return Outcome("cancel", error)
     if isinstance(error, RowRefused):
         return Outcome("fail", error, is_charged=True)
+    if isinstance(error, WorkerCrashed):
+        return Outcome("fail" if _is_last_crash(job) else "crash", error)
     return _decide_by_policy(job, error, policy_of(job, codec.decode(job.meta)))
 
 
@@ -87,9 +110,31 @@ def _asked_delay(error: Retry | Snooze) -> timedelta | None:
     return error.delay if isinstance(error.delay, timedelta) else None
 
 
+def _is_last_crash(job: RunningJob) -> bool:
+    row = Job.objects.using(job.alias).filter(pk=job.id)
+    return row.filter(crashes__gte=conf.settings().max_crashes - 1).exists()
+
+
 def is_transient(job: RunningJob, error: BaseException) -> bool:
-    """Tell whether the database rolled the job back and may take it the next time."""
-    return vendor(connections[job.alias]).is_transient(error)
+    """Tell whether the database rolled the job back and may take it the next time.
+
+    It did so, too, where it ended the session, and where it could not be reached.
+    """
+    connection = connections[job.alias]
+    facts = vendor(connection)
+    return facts.is_transient(error) or any(
+        facts.is_session_lost(connection, cause) for cause in _causes(error)
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield the error and those that it came of."""
+    seen = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _put_off(job: RunningJob, error: BaseException) -> Outcome:
@@ -123,7 +168,13 @@ def policy_of(job: RunningJob, meta: Mapping[str, Any]) -> Policy:
 
 def record(job: RunningJob, outcome: Outcome, *, in_ascii: bool = False) -> bool:
     """Write the outcome if the claim still stands; tell whether it did."""
+    hooks.point("before_record")
     changes: dict[str, Any] = {"failures": F("failures") + int(outcome.is_charged)}
+    if isinstance(outcome.error, WorkerCrashed):
+        changes["crashes"] = F("crashes") + 1
+    elif outcome.action != "release":
+        # It came back to tell, so it kills no process.
+        changes["suspect"] = False
     if outcome.action in ("retry", "snooze"):
         changes["run_after"] = Now(after=outcome.delay)
     if outcome.loses_priority:
@@ -141,13 +192,19 @@ def record(job: RunningJob, outcome: Outcome, *, in_ascii: bool = False) -> bool
         finished_at=Now(),
         **describe(error, in_ascii=in_ascii)._asdict(),
     )
+    hooks.point("after_record")
     return True
+
+
+def is_locked(job: RunningJob) -> bool:
+    """Tell whether somebody has locked the job's row; if not, this transaction does."""
+    row = Job.objects.using(job.alias).filter(pk=job.id)
+    return not row.unlocked().values_list("pk") and row.exists()
 
 
 def found_out(job: RunningJob, error: BaseException) -> Outcome:
     """Return what had become of a job whose claim no longer stands."""
-    row = Job.objects.using(job.alias).filter(pk=job.id, attempt=job.attempt)
-    if row.filter(status=Status.SUCCESSFUL).exists():
+    if has_succeeded(job):
         logger.warning(
             "job %s: the answer to its commit was lost; it has succeeded", job.id
         )
@@ -155,5 +212,13 @@ def found_out(job: RunningJob, error: BaseException) -> Outcome:
     return Outcome("lose", error)
 
 
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def has_succeeded(job: RunningJob) -> bool:
+    """Tell whether the job has become SUCCESSFUL by this attempt."""
+    row = Job.objects.using(job.alias).filter(pk=job.id, attempt=job.attempt)
+    return row.filter(status=Status.SUCCESSFUL).exists()
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Tell whether it is Ctrl-C, where jobs run in the main thread."""
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and isinstance(error, KeyboardInterrupt)

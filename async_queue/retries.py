@@ -38,6 +38,11 @@ class Policy:
     retry_on: tuple[str, ...] = ()
     # A job that was not started within this time of its run_after is cancelled.
     expires_after: timedelta | None = None
+    # A run that takes longer is ended and counts as failed; None is without end.
+    timeout: timedelta | None = None
+    # Whether the function runs in one transaction with the record that it ran. False
+    # is for what should hold none: it may then be done more than once.
+    atomic: bool = True
 
 
 def policy(*metas: Mapping[str, Any]) -> Policy:
@@ -47,9 +52,12 @@ def policy(*metas: Mapping[str, Any]) -> Policy:
     values that no version wrote.
     """
     settings = conf.settings()
+    if not any(metas):
+        return _usual.of(settings)
     merged: dict[str, Any] = {
         "max_attempts": settings.max_attempts,
         "backoff": settings.backoff,
+        "timeout": settings.timeout,
     }
     for meta in metas:
         merged |= {key: meta[key] for key in meta.keys() & _CHECKS.keys()}
@@ -57,6 +65,24 @@ def policy(*metas: Mapping[str, Any]) -> Policy:
         if not isinstance(value, _KINDS[key]):
             raise CorruptArguments(f"meta[{key!r}] cannot be {value!r}")
     return Policy(**merged)
+
+
+class _Usual:
+    """The policy of a job without metas; made anew when the settings change."""
+
+    settings: conf.Settings | None = None
+    policy: Policy
+
+    def of(self, settings: conf.Settings) -> Policy:
+        if self.settings is not settings:
+            self.policy = Policy(
+                settings.max_attempts, settings.backoff, timeout=settings.timeout
+            )
+            self.settings = settings
+        return self.policy
+
+
+_usual = _Usual()
 
 
 def checked_meta(meta: Mapping[str, Any], name: str = "meta") -> dict[str, Any]:
@@ -112,8 +138,21 @@ def _class_paths(value: Any) -> list[str]:
         raise ValueError("must be exception classes or their dotted paths") from error
 
 
-def _expiry(value: Any) -> timedelta | None:
+def _duration(value: Any) -> timedelta | None:
     return None if value is None else conf.parse_duration(value)
+
+
+def _timeout(value: Any) -> timedelta | None:
+    duration = _duration(value)
+    if duration is not None and not duration:
+        raise ValueError("must be longer than nothing, or None for no end")
+    return duration
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be True or False")
+    return value
 
 
 _CAP = timedelta(hours=1)
@@ -188,13 +227,17 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "discard_on": (list, tuple),
     "retry_on": (list, tuple),
     "expires_after": (timedelta, NoneType),
+    "timeout": (timedelta, NoneType),
+    "atomic": (bool,),
 }
 _CHECKS: dict[str, Callable[[Any], Any]] = {
     "max_attempts": _attempts,
     "backoff": _backoff_name,
     "discard_on": _class_paths,
     "retry_on": _class_paths,
-    "expires_after": _expiry,
+    "expires_after": _duration,
+    "timeout": _timeout,
+    "atomic": _flag,
 }
 KEYS = tuple(_CHECKS)
 

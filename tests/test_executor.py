@@ -1,5 +1,7 @@
 """One run of a job: what it raises or returns, what is recorded and announced."""
 
+import logging
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from threading import current_thread, main_thread
@@ -12,7 +14,7 @@ from django.http import HttpResponse
 from django.test import Client, override_settings
 from django.urls import path
 
-from async_queue import callables, hooks, schedule, schedule_many, worker
+from async_queue import callables, hooks, intake, schedule, schedule_many
 from async_queue.db import vendor
 from async_queue.exceptions import ClaimLost, InsideTransaction, NotExecutable
 from async_queue.models import Attempt, Job, Status
@@ -472,16 +474,43 @@ def test_receivers_that_raise_change_nothing() -> None:
     assert Effect.objects.count() == 1
 
 
+@pytest.mark.parametrize("function", [jobs.add, jobs.leave_then_fail])
+def test_log_that_cannot_be_written_changes_nothing(
+    function: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        raise KeyError("request_id")
+
+    seen = []
+
+    def note(outcome: Any, **kwargs: Any) -> None:
+        seen.append(outcome.action)
+
+    schedule(function, [1, 2] if function is jobs.add else [])
+    log = logging.getLogger("async_queue")
+    caplog.set_level(logging.DEBUG, "async_queue")
+    log.addFilter(refuse)
+    job_finished.connect(note)
+    try:
+        outcome = execute_next()
+    finally:
+        job_finished.disconnect(note)
+        log.removeFilter(refuse)
+
+    assert [outcome.action] == seen
+    assert outcome.action in ("succeed", "retry")
+
+
 @has_sessions
-def test_session_ended_before_the_fence_is_a_failure_without_effects() -> None:
+def test_session_ended_before_the_fence_again_and_again_puts_the_job_off() -> None:
     job = schedule(jobs.leave)
 
     with hooks.at("before_fence", misbehaving.end_own_session):
         outcome = execute_next()
 
     job.refresh_from_db()
-    assert outcome.action == "retry"
-    assert job.status == Status.WAITING
+    assert outcome.action == "snooze"
+    assert (job.status, job.failures) == (Status.WAITING, 0)
     assert not Effect.objects.exists()
     make_due(job)
     assert flush().outcomes == {"succeed": 1}
@@ -670,12 +699,12 @@ def test_execute_in_a_view_that_is_not_atomic_works(client: Client) -> None:
 
 
 @pytest.fixture
-def sent() -> Iterator[list[tuple[bool, str]]]:
-    """Whether a job's thread sent it, and the statement, for all new connections."""
-    statements: list[tuple[bool, str]] = []
+def sent() -> Iterator[list[tuple[str, str]]]:
+    """The thread that sent it, and the statement, for all new connections."""
+    statements: list[tuple[str, str]] = []
 
     def note(execute: Any, sql: str, *rest: Any) -> Any:
-        statements.append((current_thread() is not main_thread(), sql))
+        statements.append((current_thread().name, sql))
         return execute(sql, *rest)
 
     def watch(*, connection: Any, **kwargs: Any) -> None:
@@ -686,22 +715,53 @@ def sent() -> Iterator[list[tuple[bool, str]]]:
     connection_created.disconnect(watch)
 
 
-@claims_in_one_statement
-def test_successful_job_costs_its_share_of_a_claim_and_one_update(
-    sent: list[tuple[bool, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     # Many are claimed at once while jobs are short, which they are on any machine.
-    monkeypatch.setattr(worker, "_SHORT", 60.0)
+    monkeypatch.setattr(intake, "_AHEAD", 60.0)
+
+
+def by_thread(sent: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
+    """Return what the threads of jobs have sent, and what the dispatcher has."""
+    by_jobs = [sql for thread, sql in sent if re.fullmatch(r"async_queue-\d+", thread)]
+    main = main_thread().name
+    return by_jobs, [sql.lstrip() for thread, sql in sent if thread == main]
+
+
+@claims_in_one_statement
+@pytest.mark.usefixtures("_short")
+def test_successful_job_costs_its_share_of_a_claim_and_one_update(
+    sent: list[tuple[str, str]],
+) -> None:
+    schedule_many((jobs.leave,) for _ in range(100))
+
+    flush(4)
+
+    by_jobs, by_dispatcher = by_thread(sent)
+    claims = [sql for sql in by_dispatcher if sql.startswith("WITH picked")]
+    heads = [sql for sql in by_dispatcher if sql.startswith("WITH RECURSIVE heads")]
+    updates = [sql for sql in by_jobs if sql.startswith("UPDATE async_queue_job SET")]
+    inserts = [sql for sql in by_jobs if sql.startswith("INSERT")]
+    assert (len(updates), len(inserts)) == (100, 100)
+    # When it opens its session, a thread marks it as the worker's.
+    assert len(by_jobs) - len(updates) - len(inserts) <= 4 * 2
+    assert 0 < len(claims) < 50 > len(heads)
+    # To look at the clock, and once for suspects.
+    assert len(by_dispatcher) - len(claims) - len(heads) <= 5
+
+
+@claims_in_one_statement
+@pytest.mark.usefixtures("_short")
+def test_job_that_writes_nothing_costs_its_share_of_an_update(
+    sent: list[tuple[str, str]],
+) -> None:
     schedule_many((jobs.add, [1, number]) for number in range(100))
 
     flush(4)
 
-    by_jobs = [sql for is_of_a_job, sql in sent if is_of_a_job]
-    by_dispatcher = [sql.lstrip() for is_of_a_job, sql in sent if not is_of_a_job]
-    claims = [sql for sql in by_dispatcher if sql.startswith("WITH picked")]
-    heads = [sql for sql in by_dispatcher if sql.startswith("WITH RECURSIVE heads")]
-    assert len(by_jobs) == 100
-    assert all(sql.startswith("UPDATE async_queue_job SET") for sql in by_jobs)
-    assert 0 < len(claims) <= len(heads) < 50
-    # To sign on and off, and to look once for what the dead left and what is due.
-    assert len(by_dispatcher) - len(claims) - len(heads) <= 15
+    by_jobs, _ = by_thread(sent)
+    updates = [sql for sql in by_jobs if sql.startswith("WITH run")]
+    assert 0 < len(updates) <= 100
+    assert len(by_jobs) - len(updates) <= 4 * 2
+    results = Job.objects.order_by("pk").values_list("result", flat=True)
+    assert list(results) == [str(1 + number) for number in range(100)]

@@ -147,7 +147,8 @@ def test_checked_meta_refuses_an_unknown_key_and_lists_the_known():
 
     assert str(refusal.value) == (
         "meta has no key 'max_atempts'; its keys are "
-        "max_attempts, backoff, discard_on, retry_on, expires_after."
+        "max_attempts, backoff, discard_on, retry_on, expires_after, timeout, "
+        "atomic."
     )
 
 
