@@ -66,8 +66,9 @@ def schedule(
     ``args`` and ``kwargs`` hold what JSON has, and datetime, date, time, timedelta,
     Decimal and UUID. ``run_after`` is an aware datetime, or a timedelta from now by
     the database's clock. ``meta`` says how it is run: max_attempts, backoff,
-    discard_on, retry_on, expires_after. ``priority`` is from -100 to 100, higher ones
-    run first within a ``queue``. What is not given comes from the function's ``@job``.
+    discard_on, retry_on, expires_after, timeout, atomic. ``priority`` is from -100 to
+    100, higher ones run first within a ``queue``. What is not given comes from the
+    function's ``@job``.
 
     The row is inserted in the caller's transaction on the database ``using``. Raises
     InvalidFunction, InvalidArguments or InvalidOption, all of them InvalidJob.
@@ -236,13 +237,16 @@ def _unpacked(call: Sequence[Any]) -> tuple[Function, Any, Any]:
 
 def _insert(rows: list[NewJob], order: _Checked) -> list[Job]:
     connection = connections[order.using]
+    settings = conf.settings()
+    # What is due later is found by the workers in time.
+    soon = settings.poll_interval if settings.notify else None
     given = len(NewJob._fields) + 2  # and the moment, twice
     most = connection.features.max_query_params or _BATCH * given
     size = min(_BATCH, most // given)
     jobs: list[Job] = []
     for start in range(0, len(rows), size):
         batch = rows[start : start + size]
-        inserted = statements.insert(connection, batch, order.run_after)
+        inserted = statements.insert(connection, batch, order.run_after, soon)
         for row, told in zip(batch, inserted, strict=True):
             jobs.append(_as_job(order.using, row, told))
     return jobs
@@ -254,6 +258,8 @@ def _as_job(alias: str, row: NewJob, inserted: InsertedJob) -> Job:
         **inserted._asdict(),
         "attempt": 0,
         "failures": 0,
+        "suspect": False,
+        "crashes": 0,
         "worker_id": None,
         "started_at": None,
         "finished_at": None,

@@ -3,6 +3,8 @@ from datetime import UTC, date, datetime, timedelta, timezone
 
 import pytest
 from django.db import OperationalError, connection, transaction
+from django.test import TestCase
+from django.test.utils import CaptureQueriesContext
 
 import async_queue
 from async_queue import (
@@ -14,15 +16,17 @@ from async_queue import (
     job,
     schedule,
     schedule_many,
+    statements,
 )
 from async_queue.callables import registry
+from async_queue.db import vendor
 from async_queue.exceptions import (
     InvalidArguments,
     InvalidFunction,
     InvalidJob,
     InvalidOption,
 )
-from async_queue.models import FINAL, Attempt, Job, Status
+from async_queue.models import FINAL, Attempt, Job, Status, Worker
 from tests import jobs
 from tests.factories import JobFactory, WorkerFactory, now
 from tests.models import Effect
@@ -578,3 +582,197 @@ def test_a_database_without_returning_tells_the_same(monkeypatch):
     stored = Job.objects.order_by("pk").values_list("pk", "args", "run_after")
     assert [*stored] == [(row.pk, row.args, row.run_after) for row in rows]
     assert [row.args for row in rows] == ['["0"]', '["1"]', '["2"]']
+
+
+@pytest.fixture
+def listener(second_connection):
+    """Another session, which hears what is sent to workers, with one that wants it."""
+    facts = vendor(second_connection)
+    if not facts.listens:
+        pytest.skip("the database sends no word")
+    WorkerFactory(wants_wakeup=True)
+    facts.listen(second_connection)
+
+    def heard():
+        # What was sent before this statement has arrived with its answer.
+        statements.now(second_connection)
+        return sorted(facts.heard(second_connection))
+
+    return heard
+
+
+@pytest.mark.django_db(transaction=True)
+class TestNotifications:
+    def test_schedule_sends_the_queue_with_its_own_statement(self, listener):
+        with CaptureQueriesContext(connection) as sent:
+            schedule(jobs.leave, queue="mail")
+
+        assert listener() == ["mail"]
+        assert len(sent) == 1
+
+    @pytest.mark.parametrize(
+        ("run_after", "words"),
+        [(timedelta(seconds=0.5), [""]), (timedelta(seconds=5), [])],
+        ids=str,
+    )
+    def test_only_what_is_due_before_the_next_look_is_told(
+        self, run_after, words, listener
+    ):
+        schedule(jobs.leave, run_after=run_after)
+        with transaction.atomic():
+            schedule(jobs.leave, run_after=run_after)
+
+        assert listener() == 2 * words
+
+    def test_a_transaction_sends_each_queue_once_and_after_its_commit(self, listener):
+        with transaction.atomic():
+            for queue in ("a", "b", "a"):
+                schedule(jobs.leave, queue=queue)
+            schedule_many([(jobs.leave,), (jobs.leave,)], queue="c")
+            before = listener()
+            hooks = len(connection.run_on_commit)
+
+        assert (before, hooks) == ([], 1)
+        assert listener() == ["a", "b", "c"]
+
+    def test_schedule_many_sends_one_statement(self, listener):
+        with CaptureQueriesContext(connection) as sent:
+            schedule_many([(jobs.leave,)] * 3)
+
+        assert listener() == ["default"]
+        assert sum("pg_notify" in query["sql"] for query in sent) == 1
+
+    def test_a_transaction_that_is_rolled_back_sends_nothing(self, listener):
+        with transaction.atomic():
+            schedule(jobs.leave)
+            transaction.set_rollback(True)
+
+        assert listener() == []
+        with transaction.atomic():
+            schedule(jobs.leave, queue="next")
+        assert listener() == ["next"]
+
+    def test_what_follows_a_savepoint_that_was_rolled_back_is_sent(self, listener):
+        with transaction.atomic():
+            with transaction.atomic():
+                schedule(jobs.leave, queue="lost")
+                transaction.set_rollback(True)
+            schedule(jobs.leave, queue="kept")
+
+        assert listener() == ["kept"]
+
+    def test_savepoints_of_a_transaction_send_together(self, listener):
+        with CaptureQueriesContext(connection) as sent, transaction.atomic():
+            with transaction.atomic():
+                for queue in ("a", "b"):
+                    with transaction.atomic():
+                        schedule(jobs.leave, queue=queue)
+            schedule(jobs.leave, queue="c")
+            with transaction.atomic():
+                schedule(jobs.leave, queue="d")
+                transaction.set_rollback(True)
+
+        # Too much does no harm: whoever looks finds nothing.
+        assert {"a", "b", "c"} <= set(listener())
+        assert sum("pg_notify" in query["sql"] for query in sent) == 1
+
+    def test_a_hook_that_schedules_in_a_transaction_sends_too(self, listener):
+        def chain():
+            with transaction.atomic():
+                schedule(jobs.leave, queue="second")
+
+        with transaction.atomic():
+            schedule(jobs.leave, queue="first")
+            transaction.on_commit(chain)
+
+        assert listener() == ["first", "second"]
+
+    def test_hooks_that_a_test_has_called_and_kept_do_not_swallow_the_next(
+        self, listener
+    ):
+        with transaction.atomic():
+            kept = []
+            for queue in ("a", "b"):
+                with TestCase.captureOnCommitCallbacks(execute=True) as hooks:
+                    schedule(jobs.leave, queue=queue)
+                kept.append(hooks)
+
+        assert [len(hooks) for hooks in kept] == [1, 1]
+
+    def test_a_job_that_schedules_sends_after_its_commit(self, listener):
+        schedule(jobs.schedule_itself, [None], queue="first")
+        listener()
+
+        execute_next()
+
+        assert listener() == ["default"]
+
+    @pytest.mark.parametrize("change", [{"wants_wakeup": False}, {"dead_at": MOMENT}])
+    def test_nothing_is_sent_where_no_living_worker_wants_it(self, change, listener):
+        Worker.objects.update(**change)
+
+        schedule(jobs.leave)
+        with transaction.atomic():
+            schedule(jobs.leave)
+
+        assert listener() == []
+
+    @pytest.mark.parametrize(
+        ("queues", "is_told"),
+        [
+            ("", True),
+            ("mail", True),
+            ("bulk,mail", True),
+            ("m*", True),
+            ("-bulk", True),
+            ("bulk", False),
+            ("mails,email", False),
+        ],
+    )
+    def test_word_is_sent_where_a_worker_that_wants_it_may_serve_the_queue(
+        self, queues, is_told, listener
+    ):
+        Worker.objects.update(queues=queues)
+
+        schedule(jobs.leave, queue="mail")
+        schedule(jobs.leave, queue="mail", run_after=timedelta(0))
+        with transaction.atomic():
+            schedule(jobs.leave, queue="mail")
+
+        assert listener() == 3 * is_told * ["mail"]
+
+    def test_nothing_is_sent_where_it_is_switched_off(self, settings, listener):
+        settings.ASYNC_QUEUE = {"NOTIFY": False}
+
+        schedule(jobs.leave)
+        with transaction.atomic():
+            schedule(jobs.leave)
+            assert connection.run_on_commit == []
+
+        assert listener() == []
+
+    def test_without_autocommit_nothing_is_sent_and_nothing_fails(self, listener):
+        transaction.set_autocommit(False)
+        try:
+            schedule(jobs.leave)
+            transaction.commit()
+        finally:
+            transaction.set_autocommit(True)
+
+        assert listener() == []
+
+    def test_a_session_that_ends_after_the_commit_does_not_reach_the_caller(
+        self, listener, second_connection
+    ):
+        def end_session():
+            number = connection.connection.info.backend_pid
+            with second_connection.cursor() as cursor:
+                cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [number])
+
+        with transaction.atomic():
+            transaction.on_commit(end_session)
+            row = schedule(jobs.leave)
+
+        connection.close()
+        assert Job.objects.filter(pk=row.pk).exists()
+        assert listener() == []
