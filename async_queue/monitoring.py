@@ -104,10 +104,11 @@ def look(
     latest = attempts.filter(number=F("job__attempt"), job__status__in=LIVE)
     lately = Q(dead_at=None) | Q(dead_at__gt=Now(after=-_LATELY))
     workers = list(Worker.objects.using(alias).filter(lately).order_by("id"))
-    live = [worker for worker in workers if not worker.dead_at]
+    at = statements.now(connections[alias])
+    live = [worker for worker in workers if _is_live(alias, worker, at)]
     running = Job.objects.using(alias).filter(status=Status.RUNNING)
     return Snapshot(
-        at=statements.now(connections[alias]),
+        at=at,
         tallies=_tallies(alias, history),
         running=list(running.values_list("function", "worker_id", "started_at")),
         live=live,
@@ -116,6 +117,18 @@ def look(
         errors=attempts.exclude(exception=class_path(Cancel)).count(),
         put_off=dict(latest.values_list("exception").annotate(Count("id"))),
     )
+
+
+def _is_live(alias: str, worker: Worker, at: datetime) -> bool:
+    """Tell whether a worker shows signs of life; nobody may have found it dead yet."""
+    if worker.dead_at:
+        return False
+    connection = connections[alias]
+    if vendor(connection).has_heartbeat:
+        silence: timedelta = at - worker.seen_at
+        return silence < conf.settings().stall_after
+    is_alone = vendor(connection).is_single_connection(connection)
+    return is_alone or not vendor(connection).is_life_free(connection, worker.pk)
 
 
 def _tallies(alias: str, history: timedelta) -> list[Tally]:
@@ -201,7 +214,7 @@ def _check_live_workers(seen: Snapshot) -> dict[str, Any]:
     ready = _jobs_text(_jobs(seen.standing(Status.READY)))
     age = _oldest_ready_age(seen, seen.tallies)
     is_abandoned = not seen.live and age > _BETWEEN_PASSES.total_seconds()
-    remedy = f"{ready} ready, no live worker: run manage.py flush_queue"
+    remedy = f"{ready} ready, no live worker: run manage.py run_workers"
     return _check(len(seen.live), "workers", "warn" if is_abandoned else "pass", remedy)
 
 

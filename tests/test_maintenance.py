@@ -1,13 +1,12 @@
 from datetime import timedelta
 
 import pytest
-from django.db import connection, transaction
+from django.db import OperationalError, connection, transaction
 
 from async_queue import maintenance, schedule_many
-from async_queue.keeper import registered
 from async_queue.models import Attempt, Job, Status, Worker
 from tests.factories import JobFactory, WorkerFactory, now
-from tests.stepping import elsewhere, exceptions_of
+from tests.stepping import elsewhere, exceptions_of, registered
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -18,7 +17,13 @@ def statuses():
 
 def rescue():
     with registered("default") as number:
-        return maintenance.rescue("default", number)
+        return rescue_as(number)
+
+
+def rescue_as(number):
+    for other in Worker.objects.filter(dead_at=None).exclude(pk=number):
+        maintenance.bury("default", other.pk)
+    return maintenance.rescue("default")
 
 
 def test_promote_makes_ready_what_is_due():
@@ -48,6 +53,26 @@ def test_promote_takes_as_many_batches_as_it_needs():
     assert maintenance.promote("default") == 1201
 
     assert set(statuses()) == {Status.READY}
+
+
+@pytest.mark.parametrize("act", [maintenance.promote, maintenance.rescue])
+def test_error_in_a_batch_leaves_no_transaction_to_the_garbage_collector(act):
+    """It would end that of a job, in whose thread it happens to run."""
+    JobFactory(waiting=True, run_after=now() - timedelta(seconds=1))
+    JobFactory(running=True, worker=WorkerFactory(dead=True))
+
+    def refuse_updates(execute, sql, params, many, context):
+        if sql.startswith("UPDATE"):
+            raise OperationalError("as intended")
+        return execute(sql, params, many, context)
+
+    with (
+        connection.execute_wrapper(refuse_updates),
+        pytest.raises(OperationalError) as caught,
+    ):
+        act("default")
+
+    assert not connection.in_atomic_block, f"while {caught.value} is remembered"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +143,7 @@ def test_rescue_leaves_alone_its_own_jobs():
     with registered("default") as number:
         JobFactory(running=True, worker=Worker.objects.get(pk=number))
 
-        assert maintenance.rescue("default", number) == 0
+        assert rescue_as(number) == 0
 
         assert statuses() == ["RUNNING"]
 

@@ -10,12 +10,25 @@ from django.db.utils import ConnectionDoesNotExist
 from async_queue import conf, health, monitoring
 from async_queue.db import vendor
 from async_queue.models import Status
-from tests.factories import AttemptFactory, JobFactory, WorkerFactory, now
+from tests.factories import (
+    AttemptFactory,
+    JobFactory,
+    WorkerFactory,
+    let_die,
+    living,
+    now,
+)
 
 pytestmark = pytest.mark.django_db
 
 SECOND = timedelta(seconds=1)
 UNKNOWN_KEY = "async_queue.exceptions.UnknownSealKey"
+
+
+@pytest.fixture(autouse=True)
+def nobody_lives_on():
+    yield
+    let_die()
 
 
 def succeeded(seconds: float, *, ago: timedelta = SECOND, **columns):
@@ -29,7 +42,7 @@ def succeeded(seconds: float, *, ago: timedelta = SECOND, **columns):
 
 def running(seconds: float, **columns):
     """Make a job that has been running for so many seconds on one of two threads."""
-    worker = WorkerFactory(threads=2)
+    worker = living(threads=2)
     started_at = now() - timedelta(seconds=seconds)
     return JobFactory(running=True, started_at=started_at, worker=worker, **columns)
 
@@ -157,7 +170,7 @@ def test_a_waiting_job_that_nobody_promotes_is_ready_once_it_is_due():
 
 
 def test_workers_are_those_that_live():
-    worker = WorkerFactory(host="web1", pid=12, queues="mail,default", threads=3)
+    worker = living(host="web1", pid=12, queues="mail,default", threads=3)
     WorkerFactory(dead=True)
     JobFactory.create_batch(2, running=True, worker=worker)
 
@@ -176,7 +189,7 @@ def test_workers_are_those_that_live():
 
 
 def test_a_worker_for_all_queues_names_none():
-    WorkerFactory(queues="")
+    living(queues="")
 
     assert health()["workers"][0]["queues"] == []
 
@@ -196,7 +209,7 @@ def test_a_check_has_the_form_of_the_draft():
 
 @pytest.mark.parametrize(("seconds", "status"), [(280, "pass"), (301, "fail")])
 def test_latency_fails_beyond_the_longest_that_is_allowed(seconds, status):
-    WorkerFactory()
+    living()
     ready_for(seconds)
 
     found = check("queue:latency")
@@ -221,7 +234,7 @@ def test_ready_jobs_without_a_worker_are_warned_of_with_the_remedy():
 
     assert found["status"] == "warn"
     assert found["output"] == (
-        "3 jobs ready, no live worker: run manage.py flush_queue"
+        "3 jobs ready, no live worker: run manage.py run_workers"
     )
     assert health()["status"] == "warn"
 
@@ -233,7 +246,7 @@ def test_the_pause_between_two_passes_of_cron_is_not_warned_of():
 
 
 def test_ready_jobs_with_a_worker_are_not_warned_of():
-    WorkerFactory()
+    living()
     ready_for(100)
 
     assert check("workers:live")["status"] == "pass"
@@ -329,7 +342,7 @@ def test_the_rough_estimate_takes_one_average_for_all():
     succeeded(10, function="a.slow")
     succeeded(2, function="a.quick")
     succeeded(1000, ago=timedelta(hours=25))
-    WorkerFactory(threads=3)
+    living(threads=3)
     JobFactory.create_batch(4, function="a.quick")
     JobFactory(waiting=True, function="a.quick")
 

@@ -14,7 +14,7 @@ from django.core.management import CommandError, call_command
 from django.db import connection, connections
 from django.db.migrations.recorder import MigrationRecorder
 
-from tests.factories import AttemptFactory, JobFactory, WorkerFactory, now
+from tests.factories import AttemptFactory, JobFactory, let_die, living, now
 
 # Nobody listens on the port, and on SQLite the folder does not exist.
 UNREACHABLE = {"HOST": "127.0.0.1", "PORT": "1", "NAME": "/nowhere/at/all.db"}
@@ -23,6 +23,12 @@ UNREACHABLE = {"HOST": "127.0.0.1", "PORT": "1", "NAME": "/nowhere/at/all.db"}
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+@pytest.fixture(autouse=True)
+def nobody_lives_on():
+    yield
+    let_die()
 
 
 def queue_health(*arguments: str, out: io.StringIO | None = None) -> tuple[int, str]:
@@ -74,7 +80,7 @@ def test_writes_json_on_a_terminal_when_asked():
 def test_writes_a_summary_on_a_terminal():
     JobFactory(successful=True)
     JobFactory.create_batch(2, queue="mail")
-    WorkerFactory(host="web1", pid=12, threads=3)
+    living(host="web1", pid=12, threads=3)
 
     code, written = queue_health(out=Terminal())
 
@@ -92,7 +98,7 @@ def test_a_warning_exits_with_1_and_tells_the_remedy():
 
     assert code == 1
     assert written.startswith("warn")
-    assert "1 job ready, no live worker: run manage.py flush_queue" in written
+    assert "1 job ready, no live worker: run manage.py run_workers" in written
 
 
 @pytest.mark.django_db
