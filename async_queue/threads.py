@@ -95,11 +95,16 @@ class ThreadPoolExecutor(futures.ThreadPoolExecutor):
 def _call(
     context: Context, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
 ) -> T:
-    _for_each_connection(_refresh)
+    refresh_connections()
     try:
         return context.run(fn, *args, **kwargs)
     finally:
-        _for_each_connection(_refresh)
+        refresh_connections()
+
+
+def refresh_connections() -> None:
+    """Drop the thread's stale connections and its query log."""
+    _for_each_connection(_refresh)
 
 
 def _work_and_close(*args: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 from django.core.management import CommandError, call_command
 from django.db import connection
 
-from async_queue import health
+from async_queue import health, hooks
 from async_queue.models import Attempt, Job, Worker
 from tests.factories import JobFactory, now
 from tests.models import Effect
@@ -93,6 +93,21 @@ def test_first_failure_stops_the_pass_and_shows_its_traceback():
     assert f"job {bad.pk} failed (to be tried again)" in said.err
     assert 'raise ValueError("as intended")' in said.err
     assert statuses() == ["SUCCESSFUL", "WAITING"] + ["READY"] * 3
+
+
+def test_pass_misses_no_job_that_comes_back_behind_it():
+    before = now() - timedelta(hours=1)
+    JobFactory.create_batch(6)
+    claims = iter(range(100))
+
+    def give_back():
+        if next(claims) == 2:
+            JobFactory(rank=-1, run_after=before, enqueued_at=before)
+
+    with hooks.at("after_claim", give_back):
+        Said("--threads=1")
+
+    assert statuses() == ["SUCCESSFUL"] * 7
 
 
 def test_keep_going_runs_all_and_fails_at_the_end():
@@ -400,3 +415,16 @@ def test_second_signal_ends_the_process_at_once(tmp_path, number):
     if connection.vendor != "sqlite":  # whose only writer is the job that was ended
         assert statuses() == ["READY"]
         assert not Worker.objects.exists()
+
+
+def test_what_is_too_old_is_deleted_after_the_pass(settings):
+    settings.ASYNC_QUEUE = {"RETENTION": {"successful": "1d"}}
+    long_ago = now() - timedelta(days=2)
+    JobFactory.create_batch(
+        3, successful=True, enqueued_at=long_ago, finished_at=long_ago
+    )
+    kept = JobFactory()
+
+    Said()
+
+    assert [job.pk for job in Job.objects.all()] == [kept.pk]

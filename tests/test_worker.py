@@ -2,24 +2,27 @@ import os
 import subprocess
 import sys
 import threading
+from contextvars import ContextVar
 from datetime import timedelta
+from itertools import pairwise
 from queue import SimpleQueue
 
 import pytest
-from django.db import Error, connection, connections, transaction
+from django.db import Error, OperationalError, connection, connections, transaction
+from django.db.backends.signals import connection_created
 
-from async_queue import cancel, hooks, schedule
+from async_queue import cancel, hooks, schedule, worker
 from async_queue.context import RunningJob
 from async_queue.db import vendor
 from async_queue.exceptions import InsideTransaction
+from async_queue.keeper import Keeper
 from async_queue.models import Attempt, Job, Status, Worker
 from async_queue.statements import Selection
-from async_queue.worker import Flush
 from tests import jobs
 from tests.factories import JobFactory, now
 from tests.models import Effect
 from tests.process import ROOT
-from tests.stepping import database_settings, elsewhere
+from tests.stepping import database_settings, elsewhere, one_pass
 
 SESSION = {
     "postgresql": "SELECT pg_backend_pid()",
@@ -41,14 +44,14 @@ def gate():
 
 
 def flush(threads=2, **options):
-    made = Flush("default", threads=threads, **options)
+    made = one_pass(threads, **options)
     made.run()
     return made
 
 
 def make_prefetch(made):
     """Let the pass believe that jobs are short."""
-    made._recent.append(0.0)
+    made._intake.note_run(0.0)
 
 
 def cut_off(made, gate):
@@ -239,7 +242,7 @@ def test_idle_thread_gets_work_while_the_others_are_busy(gate):
     JobFactory(function="tests.jobs.last", args="[0.05]")  # too long for a prefetch
     JobFactory.create_batch(3, function="tests.jobs.leave_then_wait")
     last = JobFactory(args='["last"]')
-    made = Flush("default", threads=4, on_finish=lambda finished: ended(finished.job))
+    made = one_pass(threads=4, on_finish=lambda finished: ended(finished.job))
     numbers = SimpleQueue()
     ended = numbers.put
 
@@ -255,7 +258,7 @@ def test_idle_thread_gets_work_while_the_others_are_busy(gate):
 def test_stop_gives_back_at_once_what_has_not_begun(gate, wait_until):
     JobFactory(function="tests.jobs.leave_then_wait")
     JobFactory.create_batch(3)
-    made = Flush("default", threads=1)
+    made = one_pass(threads=1)
     make_prefetch(made)
     passing = elsewhere(made.run)
     assert jobs.begun.wait(20)
@@ -273,10 +276,29 @@ def test_stop_gives_back_at_once_what_has_not_begun(gate, wait_until):
 
 
 @parallel
+def test_what_waits_behind_a_long_job_is_given_back_to_others(gate, wait_until):
+    JobFactory(function="tests.jobs.leave_then_wait")
+    JobFactory.create_batch(3)
+    made = worker.Worker(threads=1)
+    make_prefetch(made)
+    working = elsewhere(made.run)
+    assert jobs.begun.wait(20)
+
+    wait_until(lambda: statuses() == ["RUNNING"] + ["READY"] * 3)
+
+    gate.set()
+    wait_until(lambda: statuses() == ["SUCCESSFUL"] * 4)
+    made.stop()
+    working.result(20)
+    assert made.given_back == 3
+    assert set(Job.objects.values_list("failures", flat=True)) == {0}
+
+
+@parallel
 def test_deadline_gives_back_what_has_not_begun(gate, wait_until):
     JobFactory(function="tests.jobs.leave_then_wait")
     JobFactory.create_batch(3)
-    made = Flush("default", threads=1, deadline=0.5)
+    made = one_pass(threads=1, deadline=0.5)
     make_prefetch(made)
     passing = elsewhere(made.run)
     assert jobs.begun.wait(20)
@@ -302,7 +324,7 @@ def test_deadline_that_is_over_lets_nothing_begin():
 @parallel
 def test_stop_at_once_gives_back_what_runs(gate, wait_until):
     JobFactory(function="tests.jobs.leave_then_wait")
-    made = Flush("default", threads=1)
+    made = one_pass(threads=1)
     passing = elsewhere(made.run)
     assert jobs.begun.wait(20)
 
@@ -323,7 +345,7 @@ def test_claim_that_fails_lets_finish_what_runs_and_gives_back_the_rest(gate):
     JobFactory(function="tests.jobs.last", args="[0.05]")
     JobFactory(function="tests.jobs.leave_then_wait")
     JobFactory.create_batch(3)
-    made = Flush("default", threads=2)
+    made = one_pass(threads=2)
 
     with hooks.at("after_claim", lambda: cut_off(made, gate)):
         passing = elsewhere(made.run)
@@ -364,13 +386,13 @@ import django; django.setup()
 from django.core.management import call_command
 from async_queue import schedule
 from async_queue.models import Job
-from async_queue.worker import Flush
+from tests.stepping import one_pass
 call_command("migrate", run_syncdb=True, verbosity=0)
 for name in ("leave", "leave_then_fail", "leave"):
     schedule(f"tests.jobs.{name}")
-Flush("default", threads=8).run()
+one_pass(threads=8).run()
 print(*Job.objects.order_by("id").values_list("status", flat=True))
-Flush("default", threads=8, keep_going=True).run()
+one_pass(threads=8, keep_going=True).run()
 print(*Job.objects.order_by("id").values_list("status", flat=True))
 """
 
@@ -410,3 +432,174 @@ def test_database_in_memory_runs_jobs_in_the_calling_thread():
         "SUCCESSFUL WAITING READY",
         "SUCCESSFUL WAITING SUCCESSFUL",
     ], ended.stderr
+
+
+@pytest.fixture
+def started():
+    """Start workers, which are stopped in the end."""
+    workers = []
+
+    def start(**options):
+        workers.append(worker.Worker(**options))
+        workers[-1].start()
+        return workers[-1]
+
+    yield start
+    for one in workers:
+        one.stop()
+        one.join()
+    assert_nobody_works()
+    assert not threads_of_pools()
+
+
+def test_worker_that_was_started_runs_what_comes_until_it_is_stopped(
+    started, wait_until
+):
+    made = started(threads=2)
+    wait_until(lambda: made.is_ready)
+    assert Worker.objects.get().pid == os.getpid()
+
+    JobFactory.create_batch(3)
+
+    wait_until(lambda: statuses() == ["SUCCESSFUL"] * 3)
+    made.stop()
+    made.join()
+    assert made.reason == "stopped"
+
+
+def test_worker_waits_at_its_end_for_what_runs(started, gate):
+    JobFactory(function="tests.jobs.leave_then_wait")
+    made = started(threads=1)
+    assert jobs.begun.wait(20)
+
+    made.stop()
+    assert statuses() == ["RUNNING"]
+    gate.set()
+    made.join()
+
+    assert statuses() == ["SUCCESSFUL"]
+
+
+def test_worker_that_was_stopped_before_ends_at_once(started):
+    made = worker.Worker(threads=1)
+    JobFactory()
+
+    made.join()  # there is nothing to wait for
+    made.stop()
+    made.start()
+    made.join()
+
+    assert statuses() == ["READY"]
+    assert_nobody_works()
+
+
+trace = ContextVar("trace", default="clean")
+
+
+def leave_trace():
+    jobs.leave(trace.get())
+
+
+def test_jobs_know_nothing_of_the_context_in_which_a_worker_was_started(
+    started, wait_until
+):
+    JobFactory(function="tests.test_worker.leave_trace")
+    token = trace.set("dirty")
+
+    started(threads=1)
+
+    trace.reset(token)
+    wait_until(Effect.objects.exists)
+    assert Effect.objects.get().label == "clean"
+
+
+def start_worker():
+    worker.Worker().start()
+
+
+def test_worker_cannot_be_started_by_a_job():
+    JobFactory(function="tests.test_worker.start_worker")
+
+    flush()
+
+    assert Attempt.objects.get().exception.endswith("InsideTransaction")
+    assert not threads_of_pools()
+
+
+def test_burst_whose_keeper_was_cut_off_waits_for_it(monkeypatch):
+    JobFactory()
+    is_sure, answers = Keeper.is_sure, [False, False]
+    monkeypatch.setattr(
+        Keeper,
+        "is_sure",
+        lambda keeper: (
+            answers.pop() if keeper.has_begun and answers else is_sure(keeper)
+        ),
+    )
+
+    assert flush().outcomes == {"succeed": 1}
+    assert answers == []
+
+
+def test_burst_does_not_wait_for_a_database_that_is_away(monkeypatch):
+    job = JobFactory()
+    moments = [now()]  # one, for the begin of the pass
+
+    def ask(connection):
+        if moments:
+            return moments.pop()
+        raise OperationalError("the server has gone")
+
+    monkeypatch.setattr(Keeper, "is_sure", lambda keeper: False)
+    monkeypatch.setattr("async_queue.statements.now", ask)
+
+    with pytest.raises(OperationalError, match="the server has gone"):
+        flush()
+    job.refresh_from_db()
+    assert job.status == "READY"
+
+
+@parallel
+def test_worker_whose_keeper_fails_waits_for_no_job(monkeypatch, gate, wait_until):
+    schedule("tests.jobs.leave_then_wait", ["long"])
+    made = worker.Worker(threads=1)
+    running = elsewhere(made.run)
+    assert jobs.begun.wait(20)
+
+    def fail(*args):
+        raise RuntimeError("a keeper has its faults")
+
+    monkeypatch.setattr("async_queue.statements.tick", fail)
+
+    with pytest.raises(RuntimeError, match="has its faults"):
+        running.result(20)
+    assert made.reason == "failed"
+    gate.set()
+    wait_until(lambda: not Job.objects.filter(status=Status.RUNNING).exists())
+
+
+def test_idle_worker_sends_the_database_one_statement_with_each_beat(
+    started, settings, wait_until, monkeypatch
+):
+    monkeypatch.setattr("async_queue.keeper._PRUNE", 1e6)  # now and then one more
+    settings.ASYNC_QUEUE = {"POLL_INTERVAL": 0.1}
+    sent, counts = [], []
+
+    def record(execute, sql, *rest):
+        sent.append(sql)
+        return execute(sql, *rest)
+
+    def listen_in(*, connection, **signal):
+        connection.execute_wrappers.append(record)
+
+    connection_created.connect(listen_in)
+    try:
+        with hooks.at("after_beat", lambda: counts.append(len(sent))):
+            started(threads=2)
+            wait_until(lambda: len(counts) >= 15)
+    finally:
+        connection_created.disconnect(listen_in)
+
+    # MariaDB beats and looks in a statement each.
+    each = 2 if connection.vendor == "mysql" else 1
+    assert [after - before for before, after in pairwise(counts[-8:])] == [each] * 7

@@ -2,44 +2,46 @@
 
 import json
 import logging
-import os
 import signal
-import threading
 import time
 from argparse import BooleanOptionalAction
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
-from django.core.management.base import (
-    BaseCommand,
-    CommandError,
-    CommandParser,
-    OutputWrapper,
-)
-from django.db import Error, connections
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import Error
 
-from async_queue import claims, conf
+from async_queue import claims, maintenance
+from async_queue.bounds import Bounds
 from async_queue.callform import call_form
 from async_queue.context import RunningJob
 from async_queue.exceptions import AsyncQueueError, NotYetRunnable
 from async_queue.management.display import Bar, Lines, encodable
+from async_queue.management.options import (
+    check_counts,
+    checked_alias,
+    duration,
+    end_if_forced,
+    logged,
+    queue_names,
+    stopped_by_signals,
+)
+from async_queue.outcomes import Finished
 from async_queue.statements import Selection
 from async_queue.tracebacks import describe
-from async_queue.worker import Finished, Flush
+from async_queue.worker import Worker
 
+# How the outcomes are told, in this order.
 logger = logging.getLogger("async_queue")
 
-# Seconds to give back what runs, after a second signal, before the process ends.
-_GRACE = 2.0
-# How the outcomes are told, in this order.
 _WORDS = {
     "succeed": "succeeded",
     "retry": "to be tried again",
     "snooze": "put off",
     "cancel": "cancelled",
     "fail": "failed for good",
+    "crash": "took their process with them",
     "release": "interrupted",
     "lose": "cancelled or taken over while running",
 }
@@ -59,9 +61,9 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         try:
-            alias, selection = _alias(options), _selection(options)
-            deadline = _deadline(options)
-            _check_counts(options)
+            alias, selection = checked_alias(options["database"]), _selection(options)
+            deadline = duration(options["deadline"], "--deadline")
+            check_counts(options, "jobs", "threads")
             if options["dry_run"]:
                 self._list(alias, selection, options)
             else:
@@ -91,7 +93,7 @@ class Command(BaseCommand):
         self,
         alias: str,
         selection: Selection,
-        deadline: float | None,
+        deadline: timedelta | None,
         options: dict[str, Any],
     ) -> None:
         display = self._display(alias, selection, options)
@@ -107,19 +109,20 @@ class Command(BaseCommand):
                 self._show(f"job {finished.job.id} put off: {finished.outcome.error}")
             display.advance()
 
-        flush = Flush(
+        flush = Worker(
             alias,
-            threads=options["threads"] or conf.settings().threads,
+            threads=options["threads"],
             selection=selection,
-            limit=options["jobs"],
-            deadline=deadline,
-            keep_going=options["keep_going"],
+            bounds=_bounds(deadline, options),
             on_start=announce,
             on_finish=note,
         )
         began_at = time.monotonic()
-        with self._log_shown(options), _stopped_by_signals(flush) as signals, display:
+        level = logging.WARNING if options["verbosity"] else logging.ERROR
+        with logged(self.stderr, level), stopped_by_signals(flush) as signals, display:
             flush.run()
+            if not signals:
+                _prune(alias)
         self._sum_up(flush, time.monotonic() - began_at, signals, options)
         self._exit(flush, signals)
 
@@ -137,11 +140,6 @@ class Command(BaseCommand):
         except ImportError:  # rich is not installed
             return Lines(self.stdout, total)
 
-    def _log_shown(self, options: dict[str, Any]) -> AbstractContextManager[None]:
-        level = logging.WARNING if options["verbosity"] else logging.ERROR
-        # Without handlers, `logging` itself would print each traceback once more.
-        return nullcontext() if logger.hasHandlers() else _logged(self.stderr, level)
-
     def _show_failure(self, finished: Finished) -> None:
         job, outcome = finished.job, finished.outcome
         call = call_form(job.function, job.args, job.kwargs)
@@ -155,7 +153,7 @@ class Command(BaseCommand):
 
     def _sum_up(
         self,
-        flush: Flush,
+        flush: Worker,
         seconds: float,
         signals: list[int],
         options: dict[str, Any],
@@ -175,13 +173,10 @@ class Command(BaseCommand):
             self.stdout.write(_told(flush, seconds) if jobs else "No jobs to execute")
         self.stdout.flush()
 
-    def _exit(self, flush: Flush, signals: list[int]) -> None:
+    def _exit(self, flush: Worker, signals: list[int]) -> None:
+        end_if_forced(signals, self.stderr)
         if signals:
             name, code = signal.Signals(signals[0]).name, 128 + signals[0]
-            if len(signals) > 1:  # Python would wait for the threads
-                self.stderr.write(f"ended by {name}")
-                self.stderr.flush()
-                os._exit(code)
             raise CommandError(f"stopped by {name}", returncode=code)
         if flush.failures:
             of = f"{flush.failures} of {flush.outcomes.total()} jobs failed"
@@ -233,18 +228,22 @@ def _add_manner(parser: CommandParser) -> None:
     )
 
 
-def _alias(options: dict[str, Any]) -> str:
-    alias = options["database"] or conf.settings().database
-    if alias not in connections:
-        known = ", ".join(connections)
-        raise CommandError(f"--database is {alias!r}: the databases are {known}")
-    return str(alias)
+def _prune(alias: str) -> None:
+    """Delete what is too old: the keeper of a single pass does not live long enough."""
+    try:
+        maintenance.prune_some(alias)
+    except Error as error:  # the next pass does it
+        logger.debug("cannot delete old jobs: %s", error)
 
 
-def _check_counts(options: dict[str, Any]) -> None:
-    for name in ("jobs", "threads"):
-        if (count := options[name]) is not None and count < 1:
-            raise CommandError(f"--{name} is {count}: it must be at least 1")
+def _bounds(deadline: timedelta | None, options: dict[str, Any]) -> Bounds:
+    return Bounds(
+        is_burst=True,
+        only_due_now=True,
+        max_jobs=options["jobs"],
+        deadline=None if deadline is None else deadline.total_seconds(),
+        stops_at_failure=not options["keep_going"],
+    )
 
 
 def _selection(options: dict[str, Any]) -> Selection:
@@ -254,84 +253,13 @@ def _selection(options: dict[str, Any]) -> Selection:
     if not 0 <= which < out_of:
         raise CommandError(f"--which is {which}: it must be from 0 to {out_of - 1}")
     shard = None if out_of == 1 else (which, out_of)
-    return Selection(_queues(options), shard=shard, prefix=options["filter"])
+    queues = queue_names(options["queue"], "--queue")
+    return Selection(queues, shard=shard, prefix=options["filter"])
 
 
-def _queues(options: dict[str, Any]) -> tuple[str, ...]:
-    given = options["queue"] or []
-    lists = [given] if isinstance(given, str) else given
-    names = [name.strip() for names in lists for name in names.split(",")]
-    if "" in names:
-        raise CommandError(f"--queue is {','.join(lists)!r}: a name is empty")
-    return tuple(dict.fromkeys(names))
-
-
-def _deadline(options: dict[str, Any]) -> float | None:
-    given = options["deadline"]
-    if given is None:
-        return None
-    try:
-        seconds = float(given)
-    except (TypeError, ValueError):
-        seconds = given
-    try:
-        return conf.parse_duration(seconds).total_seconds()
-    except (ValueError, OverflowError) as error:
-        raise CommandError(f"--deadline is {given!r}: it {error}") from error
-
-
-def _told(flush: Flush, seconds: float) -> str:
+def _told(flush: Worker, seconds: float) -> str:
     parts = [f"{flush.outcomes[key]} {word}" for key, word in _WORDS.items()]
     shown = ", ".join(part for part in parts if not part.startswith("0 "))
     back = f"; {flush.given_back} given back" if flush.given_back else ""
     jobs = "1 job" if (count := flush.outcomes.total()) == 1 else f"{count} jobs"
     return f"{jobs} in {seconds:.2f} s: {shown}{back}"
-
-
-@contextmanager
-def _logged(stderr: OutputWrapper, level: int) -> Iterator[None]:
-    """Write the queue's warnings to ``stderr``, but not those of single jobs."""
-    handler = logging.StreamHandler(stderr)
-    handler.setLevel(level)
-    handler.addFilter(lambda record: not hasattr(record, "job"))
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
-@contextmanager
-def _stopped_by_signals(flush: Flush) -> Iterator[list[int]]:
-    """Let SIGINT and SIGTERM stop the pass and a second one end it; yield which came.
-
-    Only the main thread can be told of signals.
-    """
-    received: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        received.append(number)
-        flush.stop(at_once=len(received) > 1)
-        if len(received) > 1:
-            _end_soon(128 + received[0])
-        else:
-            said = f"{signal.Signals(number).name}: what runs will finish; the next "
-            # Not through a stream, which may be in the middle of a line of ours.
-            os.write(2, f"{said}signal ends it\n".encode())
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    former = {sig: signal.signal(sig, stop) for sig in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def _end_soon(code: int) -> None:
-    """End the process even if nothing can be given back, as behind SQLite's writer."""
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(code))
-        signal.setitimer(signal.ITIMER_REAL, _GRACE)
