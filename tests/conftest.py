@@ -9,11 +9,26 @@ import pytest
 from django.db import connection
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from async_queue.db import sidefile
+
 
 def pytest_sessionfinish() -> None:
     # SQLite's file of locks, of which Django does not know.
     name = connection.settings_dict["TEST"]["NAME"]
     Path(f"{name}-aqlock").unlink(missing_ok=True)
+
+
+@pytest.fixture(autouse=True)
+def no_life_is_left_over() -> Iterator[None]:
+    """Each test gives back what it has taken, for its number may come again."""
+    before = lives()
+    yield
+    assert lives() <= before
+
+
+def lives() -> set[int]:
+    """Return the numbers whose locks this process holds, which only SQLite's are."""
+    return {number for file in sidefile._open_files for number in file._mine}
 
 
 @pytest.fixture

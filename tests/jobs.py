@@ -1,5 +1,6 @@
 """The functions that the tests schedule."""
 
+import os
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,11 @@ def leave_then_wait(label: str = "effect") -> None:
     """Leave one row, say so, and return when the test says so."""
     Effect.objects.create(label=label)
     begun.set()
-    assert go_on.wait(20)
+    # In pieces: an interrupt comes between them.
+    for _ in range(2000):
+        if go_on.wait(0.01):
+            return
+    raise TimeoutError("the test does not let it go on")
 
 
 def leave_then_retry(delay: float | None = None) -> None:
@@ -113,8 +118,12 @@ def leave_or_fail(number: int) -> None:
 
 
 def leave_then_await(path: str, label: str = "effect") -> None:
-    """Leave one row, and return when there is a file: for tests in other processes."""
+    """Leave one row, and return when there is a file: for tests in other processes.
+
+    Another file, beside it, tells that it has begun.
+    """
     leave(label)
+    Path(f"{path}-{label}").touch()
     for _ in range(6000):
         if Path(path).exists():
             return
@@ -138,3 +147,31 @@ def schedule_itself(seconds: float | None) -> None:
 
 @job
 def login(user: str, password: str) -> None: ...
+
+
+def take_time(label: str, seconds: float) -> None:
+    """Leave one row, and take so long."""
+    leave(label)
+    Event().wait(seconds)
+
+
+def await_file(label: str, path: str) -> None:
+    """Leave one row, and return when there is a file."""
+    leave_then_await(path, label)
+
+
+def leave_number_of_process() -> None:
+    leave(str(os.getpid()))
+
+
+def count_until_file(label: str, path: str) -> None:
+    """Leave one row, and tell all the time how far it is, until there is a file."""
+    job = current_job()
+    assert job is not None
+    leave(label)
+    for number in range(6000):
+        job.progress(number)
+        if Path(path).exists():
+            return
+        Event().wait(0.01)
+    raise TimeoutError(f"there is no {path}")

@@ -1,5 +1,7 @@
 """Jobs that do to their transaction what no job should, and some that well may."""
 
+import os
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -19,10 +21,9 @@ from async_queue import Retry, Snooze, cancel, current_job, deschedule, schedule
 from async_queue.exceptions import InsideTransaction
 from async_queue.models import Job
 from async_queue.threads import Thread
-from async_queue.worker import Flush
 from tests.jobs import begun, go_on, leave
 from tests.models import Effect
-from tests.stepping import elsewhere
+from tests.stepping import elsewhere, one_pass
 
 # What on_commit hooks did, and the statements that passed the queue's guard.
 called: list[str] = []
@@ -309,6 +310,20 @@ def leave_then_interrupt() -> None:
     raise KeyboardInterrupt
 
 
+def leave_around_a_forgotten_generator() -> None:
+    """Close one that another thread has left open, as the garbage collector does."""
+
+    def suspended() -> Iterator[None]:
+        with transaction.atomic():
+            yield
+
+    generator = suspended()
+    elsewhere(next, generator).result()
+    leave("before")
+    generator.close()
+    leave("after")
+
+
 def leave_then_exit_generator() -> None:
     leave()
     raise GeneratorExit
@@ -403,7 +418,7 @@ def raise_in_other_letters() -> None:
 
 
 def make_pass() -> None:
-    Flush("default", threads=1).run()
+    one_pass(threads=1).run()
 
 
 def nest(job: int | None) -> None:
@@ -432,3 +447,13 @@ def _catch(raised: list[InsideTransaction], act: Any) -> None:
         act()
     except InsideTransaction as error:
         raised.append(error)
+
+
+def fork(error: str | None) -> int:
+    """Return how the child ended, which returns from here as if it were the job."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if error:
+        raise RuntimeError(error)
+    return 99

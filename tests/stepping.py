@@ -1,6 +1,6 @@
 """Steps of a worker by hand, in the thread of the test."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from threading import Thread
@@ -9,10 +9,13 @@ from typing import Any
 from django.db import connection, connections
 
 from async_queue import claims, executor
+from async_queue.bounds import Bounds
 from async_queue.context import RunningJob
+from async_queue.db import vendor
 from async_queue.models import Attempt, Job
 from async_queue.outcomes import Outcome
-from async_queue.worker import Flush
+from async_queue.places import Place, seated
+from async_queue.worker import Worker
 from tests.factories import WorkerFactory, now
 
 
@@ -26,9 +29,28 @@ def execute_next() -> Outcome:
     return executor.execute(claim_next())
 
 
-def flush(threads: int = 4) -> Flush:
+def one_pass(
+    threads: int = 4,
+    *,
+    limit: int | None = None,
+    deadline: float | None = None,
+    keep_going: bool = False,
+    **options: Any,
+) -> Worker:
+    """Return a worker that makes one pass, as ``flush_queue`` does."""
+    bounds = Bounds(
+        is_burst=True,
+        only_due_now=True,
+        max_jobs=limit,
+        deadline=deadline,
+        stops_at_failure=not keep_going,
+    )
+    return Worker("default", threads=threads, bounds=bounds, **options)
+
+
+def flush(threads: int = 4) -> Worker:
     """Make one pass on threads; return it when it is over."""
-    made = Flush("default", threads=threads, keep_going=True)
+    made = one_pass(threads, keep_going=True)
     made.run()
     return made
 
@@ -72,3 +94,20 @@ def database_settings(options: dict[str, Any], **changes: Any) -> Iterator[None]
     finally:
         connection.close()
         settings.update(kept)
+
+
+@contextmanager
+def registered(
+    alias: str = "default", *, queues: Sequence[str] = (), threads: int = 1
+) -> Iterator[int]:
+    """Be a worker, under a new number, until the block ends."""
+    place = Place(alias, queues=queues, threads=threads)
+    with seated(place):
+        yield place.number
+
+
+def is_proved_dead(number: int) -> bool:
+    """Tell whether nobody holds the life of this worker; call it `elsewhere`."""
+    mine = connections["default"]
+    with vendor(mine).proof_of_death(mine, number) as is_dead:
+        return is_dead

@@ -77,6 +77,7 @@ def test_no_test_sleeps():
     found = [
         _place(path, node)
         for path in _sources(TESTS)
+        if path.name != "hanging.py"  # whose jobs are there to be ended in their sleep
         for node in ast.walk(_tree(path))
         if _is_sleep(node)
     ]

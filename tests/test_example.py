@@ -98,7 +98,7 @@ BREAKAGES = {
     ),
     "rates as they were served": sql("UPDATE rates_rate SET per_euro=9 WHERE id=1"),
     "requests were refused": sql("DELETE FROM async_queue_attempt"),
-    "held by the killed process": sql("UPDATE async_queue_job SET attempt = 1"),
+    "held by the killed worker": sql("UPDATE async_queue_job SET attempt = 1"),
 }
 
 

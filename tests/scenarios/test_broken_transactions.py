@@ -62,6 +62,7 @@ def assert_failed_without_effects(job: Job, outcome: Outcome, exception: str) ->
         misbehaving.close_all_connections,
         misbehaving.close_connection_then_leave,
         misbehaving.leave_block_open,
+        misbehaving.leave_around_a_forgotten_generator,
     ],
 )
 def test_job_whose_transaction_cannot_commit_fails(function: Any) -> None:

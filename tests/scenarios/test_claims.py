@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from itertools import chain
+from statistics import median
 from threading import Barrier
 from time import perf_counter
 
@@ -9,10 +10,13 @@ import pytest
 from django.db import connection, transaction
 
 from async_queue import claims, statements
+from async_queue.db import vendor
 from async_queue.models import Job, Status
 from async_queue.statements import Selection
 from async_queue.threads import ThreadPoolExecutor
 from tests.factories import JobFactory, WorkerFactory, now
+from tests.figures import figure
+from tests.long import long
 from tests.stepping import elsewhere
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -160,6 +164,80 @@ def test_the_look_for_queues_follows_the_index_beside_many_finished_jobs(crowded
 
     assert "async_queue_job_ready" in plan
     assert [detour for detour in DETOURS if detour in plan] == []
+
+
+@pytest.mark.parametrize("selection", [ONE_QUEUE, RESTRICTED], ids=["all", "some"])
+def test_a_claim_goes_on_by_the_index(selection, crowded):
+    if not vendor(connection).keeps_dead_entries:
+        pytest.skip("each claim looks at the beginnings here")
+    claimer = claims.Claimer("default")
+    assert len(claimer.claim(crowded, 5, selection)) == 5
+
+    plan = plan_of(lambda: claimer.claim(crowded, 5, selection))
+
+    # The position is where the index is entered, and no filter behind it.
+    (entry,) = [line for line in plan.splitlines() if "Index Cond" in line][:1]
+    assert "ROW(rank, run_after, id) >= ROW(" in entry
+    assert [detour for detour in DETOURS + SORTS if detour in plan] == []
+
+
+def test_queues_are_asked_by_the_index_from_where_a_claim_ended(crowded):
+    if not vendor(connection).keeps_dead_entries:
+        pytest.skip("each claim looks at the beginnings here")
+    known = statements.heads(connection)
+    assert set(known) == {"default", "other"}
+
+    plan = plan_of(lambda: statements.heads_from(connection, known, False))
+
+    (entry,) = [line for line in plan.splitlines() if "Index Cond" in line]
+    assert ">= ROW(" in entry
+    assert [detour for detour in DETOURS if detour in plan] == []
+
+
+@pytest.mark.usefixtures("without_vacuum")
+@pytest.mark.parametrize("is_pinned", [False, True], ids=["free", "pinned"])
+def test_claims_are_as_fast_after_many_jobs_without_vacuum(
+    is_pinned, worker, second_connection
+):
+    """Behind a transaction that has written, nobody may forget what was READY."""
+    if not vendor(connection).keeps_dead_entries:
+        pytest.skip("this is about what PostgreSQL keeps until a vacuum")
+    count, claimer = long(20_000, 200_000), claims.Claimer("default")
+    JobFactory()
+    multiply(count + 10_000)
+    second_connection.set_autocommit(not is_pinned)
+    with second_connection.cursor() as cursor:
+        cursor.execute("SELECT pg_current_xact_id()")
+
+    first = median(claimed_and_finished(claimer, worker, 100, 10))
+    claimed_and_finished(claimer, worker, count // 100, 100)
+    last = median(claimed_and_finished(claimer, worker, 100, 10))
+
+    second_connection.rollback()
+    how = "behind an open job" if is_pinned else "without vacuum"
+    figure(f"claims {how}, after {count} jobs, ratio", last / first)
+    assert last <= 3 * first
+
+
+def claimed_and_finished(claimer, worker, times, limit):
+    """Claim and finish so many jobs so often; return the seconds of each claim."""
+    seconds = []
+    for _ in range(times):
+        started_at = perf_counter()
+        jobs = claimer.claim(worker, limit)
+        seconds.append(perf_counter() - started_at)
+        assert len(jobs) == limit
+        Job.objects.filter(pk__in=[job.id for job in jobs]).transition("succeed")
+    return seconds
+
+
+@pytest.mark.parametrize("queues", [(), ("default", "other")], ids=["all", "two"])
+def test_a_tick_follows_the_indexes_beside_many_finished_jobs(crowded, queues):
+    plan = plan_of(lambda: statements.tick(connection, crowded, queues))
+
+    for index in ("ready", "waiting", "running"):
+        assert f"async_queue_job_{index}" in plan
+    assert [detour for detour in DETOURS + SORTS if detour in plan] == []
 
 
 def test_the_look_for_queues_does_not_read_every_ready_job():

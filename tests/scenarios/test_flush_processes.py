@@ -92,17 +92,17 @@ def test_killed_process_loses_nothing_and_repeats_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_lets_finish_what_runs_and_gives_back_the_rest(tmp_path, number):
-    go_on = tmp_path / "go_on"
-    held = JobFactory(
-        function="tests.jobs.leave_then_await", args=json.dumps([str(go_on), "held"])
-    )
+def test_signal_lets_finish_what_runs_and_gives_back_the_rest(
+    tmp_path, number, wait_until
+):
+    args = json.dumps([str(tmp_path), "held"])
+    JobFactory(function="tests.hanging.wait_for_go", args=args)
     JobFactory.create_batch(20)
     with started("flush_queue", "--threads=1") as process:
-        read_until(process.stdout, f"{held.pk}: ")
+        wait_until((tmp_path / "begun-held").exists)
         process.send_signal(number)
         read_until(process.stderr, number.name)
-        go_on.touch()
+        (tmp_path / "go").touch()
         process.wait(20)
 
     assert process.returncode == 128 + number
