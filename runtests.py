@@ -140,7 +140,8 @@ def _run_all(databases: list[str], arguments: list[str]) -> dict[str, Result]:
     """Run the databases side by side; show each one's output when it is done."""
     results = {}
     output = None if len(databases) == 1 else subprocess.PIPE
-    with ThreadPoolExecutor(max(2, os.cpu_count() or 1)) as pool:
+    # What many of the tests do is wait, so they share the cores well.
+    with ThreadPoolExecutor(len(databases)) as pool:
         runs = {pool.submit(_run, name, arguments, output): name for name in databases}
         for run in as_completed(runs):
             said, results[runs[run]] = run.result()

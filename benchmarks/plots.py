@@ -1,0 +1,129 @@
+"""Drawings for the docs, of what a run has written as JSON.
+
+``python -m benchmarks.plots results.json docs/figures`` draws them again.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+Series = Mapping[str, Any]
+
+_OURS = "#0c4b33"
+_OTHERS = "#8a9a93"
+_SUBJECT = "async_queue"
+_WIDTH = 7.0
+
+
+def draw(report: Mapping[str, Any], folder: Path) -> None:
+    """Draw bars of rates and of claims, and curves by threads and of decay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cases: dict[tuple[str, str], list[Series]] = {}
+    for series in report["series"]:
+        cases.setdefault((series["figure"], series["case"]), []).append(series)
+    name = report["database"]
+    for (figure, case), found in cases.items():
+        if figure in ("drain", "enqueue", "pickup"):
+            words = case.replace(",", "").replace(" ", "-")
+            path = folder / f"{name}-{figure}-{words}.svg"
+            # The first of a case is what it is about.
+            ours = {found[0]["subject"]}
+            _bars(f"{report['server']}: {figure}, {case}", found, ours, path)
+    _claims(report, folder / f"{name}-claims.svg")
+    _decay(report, folder / f"{name}-decay.svg")
+    _threads(report, folder / f"{name}-threads.svg")
+
+
+def _bars(title: str, found: Sequence[Series], ours: set[str], path: Path) -> None:
+    known = [series for series in found if series["median"] is not None]
+    if not known:
+        return
+    figure = Figure(figsize=(_WIDTH, 0.8 + 0.32 * len(known)), layout="constrained")
+    axes = figure.add_subplot()
+    names = [series["subject"] for series in known]
+    bars = axes.barh(
+        names,
+        [series["median"] for series in known],
+        color=[_OURS if series["subject"] in ours else _OTHERS for series in known],
+    )
+    axes.bar_label(bars, fmt="{:,.4g}", padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    _finish(figure, axes, title, known[0]["unit"], path)
+
+
+def _claims(report: Mapping[str, Any], path: Path) -> None:
+    unit = "times as long as in an empty table"
+    found = [
+        {"subject": each["case"], "median": each["ratio"], "unit": unit}
+        for each in report["ratios"]
+        if each["figure"] == "claims"
+    ]
+    rows = f"{report['options']['rows']:,}"
+    ours = {each["subject"] for each in found}
+    _bars(f"{report['server']}: beside {rows} rows", found, ours, path)
+
+
+def _decay(report: Mapping[str, Any], path: Path) -> None:
+    found = {
+        series["case"]: [
+            value
+            for name, value in series["more medians"].items()
+            if name.startswith("tenth ")
+        ]
+        for series in report["series"]
+        if series["figure"] == "decay" and series["subject"] == "last tenth"
+    }
+    tenths = list(range(1, 11))
+    curves = {case: (tenths, values) for case, values in found.items() if values}
+    _curves(f"{report['server']}: a long backlog", curves, "tenth of the jobs", path)
+
+
+def _threads(report: Mapping[str, Any], path: Path) -> None:
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for series in report["series"]:
+        if series["figure"] != "drain" or series["median"] is None:
+            continue
+        kind, _, shape = series["case"].partition(" ")
+        processes, _, threads = shape.partition("x")
+        name = f"{series['subject']}, {kind}, {processes} process(es)"
+        counts, rates = curves.setdefault(name, ([], []))
+        counts.append(int(threads))
+        rates.append(series["median"])
+    curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
+    _curves(f"{report['server']}: drain by threads", curves, "threads", path)
+
+
+def _curves(
+    title: str,
+    curves: Mapping[str, tuple[list[int], list[float]]],
+    label: str,
+    path: Path,
+) -> None:
+    if not curves:
+        return
+    figure = Figure(figsize=(_WIDTH, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, (where, values) in curves.items():
+        is_ours = name.startswith(_SUBJECT)
+        axes.plot(where, values, marker="o", linewidth=2 if is_ours else 1, label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("jobs/s")
+    axes.legend(fontsize="small")
+    _finish(figure, axes, title, label, path)
+
+
+def _finish(figure: Figure, axes: Any, title: str, label: str, path: Path) -> None:
+    axes.set_title(title, fontsize="medium", loc="left")
+    axes.set_xlabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    draw(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
