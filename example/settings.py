@@ -64,6 +64,9 @@ DEBUG = True
 TIME_ZONE = "UTC"
 USE_TZ = True
 
+# Whoever serves the site runs its jobs too.
+ASYNC_QUEUE = {"IN_PROCESS": True}
+
 OUTBOX = VAR / "outbox"
 if django.VERSION >= (6, 1):
     MAILERS = {

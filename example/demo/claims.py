@@ -89,7 +89,7 @@ def refusals_were_retried(facts: dict[str, Any]) -> Claim:
         job__queue="rates", exception="urllib.error.HTTPError"
     ).count()
     text = f"{refused} of {requests} requests were refused, and tried again later"
-    # A refusal that only the killed process heard of is on no record.
+    # A refusal that only the killed worker heard of is on no record.
     is_recorded = refused - len(killed) <= recorded <= refused
     return text, refused == requests // 4 > 0 and is_recorded
 
@@ -98,5 +98,5 @@ def killed_jobs_ran_again(facts: dict[str, Any]) -> Claim:
     killed = {int(pk): attempt for pk, attempt in facts["killed"].items()}
     jobs = Job.objects.filter(pk__in=killed, status=Job.Status.SUCCESSFUL)
     again = [job.pk for job in jobs if job.attempt > killed[job.pk]]
-    text = f"{len(again)} of {len(killed)} jobs held by the killed process ran again"
+    text = f"{len(again)} of {len(killed)} jobs held by the killed worker ran again"
     return text, len(again) == len(killed) > 0

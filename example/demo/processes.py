@@ -1,4 +1,4 @@
-"""The demo's child processes: `manage.py flush_queue`, and none outlives the demo."""
+"""The demo's child processes: `manage.py run_workers`, and none outlives the demo."""
 
 import os
 import signal
@@ -13,12 +13,12 @@ from async_queue.models import Job
 LOGS = settings.VAR / "logs"
 
 
-class FlushProcesses:
+class Workers:
     def __init__(self, **environment: str) -> None:
         self.environment = {**os.environ, **environment}
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> "FlushProcesses":
+    def __enter__(self) -> "Workers":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -28,10 +28,10 @@ class FlushProcesses:
             wait_or_kill(process)
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(settings.BASE / "manage.py"), "flush_queue"]
-        with (LOGS / f"flush-{len(self.started) + 1}.log").open("wb") as log:
+        command = [sys.executable, str(settings.BASE / "manage.py"), "run_workers"]
+        with (LOGS / f"worker-{len(self.started) + 1}.log").open("wb") as log:
             process = subprocess.Popen(
-                [*command, "--keep-going", "--no-progress"],
+                [*command, "--no-reload"],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -44,7 +44,7 @@ class FlushProcesses:
         return [process for process in self.started if process.poll() is None]
 
     def last_words(self) -> str:
-        log = LOGS / f"flush-{len(self.started)}.log"
+        log = LOGS / f"worker-{len(self.started)}.log"
         return log.read_text(errors="replace")[-2000:]
 
 
@@ -63,7 +63,7 @@ class Recovery:
         self.attempts: dict[int, int] = {}
         self.first_after = self.all_after = 0.0
 
-    def kill_one(self, processes: FlushProcesses) -> int | None:
+    def kill_one(self, processes: Workers) -> int | None:
         """Kill the first process found to hold jobs; return its id."""
         for process in processes.running():
             self.attempts = kill_while_it_holds_jobs(process)

@@ -1,4 +1,4 @@
-"""The README's first command: real jobs, a process killed in the middle, and the proof.
+"""The README's first command: real jobs, a worker killed in the middle, and the proof.
 
 Prepares the site's own var/, works through 120 jobs in child processes, then asks
 `demo.claims` whether all that was claimed holds.
@@ -29,7 +29,7 @@ from shop.models import Customer, Product
 from async_queue import health, schedule_many
 from async_queue.models import Job
 from demo.claims import claims
-from demo.processes import LOGS, FlushProcesses, Recovery
+from demo.processes import LOGS, Recovery, Workers
 from demo.rates_server import RATES, RatesServer
 
 FACTS = settings.VAR / "facts.json"
@@ -39,7 +39,7 @@ GIVE_UP_AFTER = 60
 
 
 class Command(BaseCommand):
-    help = "Run 120 real jobs, kill a process in the middle, and check what is claimed."
+    help = "Run 120 real jobs, kill a worker in the middle, and check what is claimed."
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         parser.add_argument(
@@ -75,18 +75,19 @@ class Command(BaseCommand):
 
     def run_jobs(self) -> None:
         recovery = Recovery()
-        with RatesServer() as server, FlushProcesses(RATES_URL=server.url) as processes:
+        with RatesServer() as server, Workers(RATES_URL=server.url) as processes:
             self.work(processes, recovery)
         self.say(
-            f"the killed process's jobs: the first ran again {recovery.first_after:.2f}"
-            f" s after the kill, all were done after {recovery.all_after:.2f} s"
+            "the other worker found out: the first of its jobs ran again "
+            f"{recovery.first_after:.2f} s after the kill, all were done after "
+            f"{recovery.all_after:.2f} s"
         )
         facts = {"requests": server.requests, "refused": server.refused}
         FACTS.write_text(json.dumps({**facts, "killed": recovery.attempts}))
 
-    def work(self, processes: FlushProcesses, recovery: Recovery) -> None:
-        """Run two processes, kill one, and start others until nothing is left."""
-        self.say("running them in two flush_queue processes")
+    def work(self, processes: Workers, recovery: Recovery) -> None:
+        """Run two workers, and kill one; the other does what is left."""
+        self.say("running them with two workers: manage.py run_workers")
         processes.start()
         processes.start()
         give_up_at = time.monotonic() + GIVE_UP_AFTER
@@ -101,13 +102,11 @@ class Command(BaseCommand):
             time.sleep(0.02)
         recovery.look()
 
-    def kill_one(self, processes: FlushProcesses, recovery: Recovery) -> None:
+    def kill_one(self, processes: Workers, recovery: Recovery) -> None:
         if pid := recovery.kill_one(processes):
-            another = processes.start().pid
             jobs = " and ".join(f"job {pk}" for pk in recovery.attempts)
             self.clear_line()
-            self.say(f"killed process {pid} with SIGKILL while it held {jobs}")
-            self.say(f"started process {another} in its place")
+            self.say(f"killed worker {pid} with SIGKILL while it held {jobs}")
 
     def show_progress(self) -> int:
         """Return how many jobs are not finished yet; draw the bar on a terminal."""
