@@ -64,7 +64,8 @@ class Claimer:
             jobs += self._look(worker, limit - len(jobs))
         if len(jobs) < limit:
             self._look_at = 0.0
-        hooks.point("after_claim")
+        if jobs:
+            hooks.point("after_claim")
         return jobs
 
     def _look(self, worker: int, limit: int) -> list[RunningJob]:
