@@ -14,7 +14,7 @@ RATES = {
 
 
 class RatesServer(ThreadingHTTPServer):
-    """Serves while its `with` block runs; counts what it was asked and refused."""
+    """Serves while its `with` block runs; remembers what it was asked and refused."""
 
     daemon_threads = True
 
@@ -22,7 +22,8 @@ class RatesServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/"
         self.lock = threading.Lock()
-        self.requests = self.refused = 0
+        self.requests = 0
+        self.refused: list[str] = []
 
     def __enter__(self) -> "RatesServer":
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -32,22 +33,24 @@ class RatesServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def refuses(self) -> bool:
+    def refuses(self, currency: str) -> bool:
         with self.lock:
             self.requests += 1
-            refuses = self.requests % 4 == 0
-            self.refused += refuses
-            return refuses
+            if self.requests % 4:
+                return False
+            self.refused.append(currency)
+            return True
 
 
 class Handler(BaseHTTPRequestHandler):
     server: RatesServer
 
     def do_GET(self) -> None:
-        if self.server.refuses():
+        currency = self.path.strip("/")
+        if self.server.refuses(currency):
             self.send_error(503)
             return
-        body = json.dumps({"per_euro": RATES[self.path.strip("/")]}).encode()
+        body = json.dumps({"per_euro": RATES[currency]}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
