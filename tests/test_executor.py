@@ -202,7 +202,9 @@ def test_verdict_that_was_not_initialised_is_taken_as_it_was_meant(
 
     job.refresh_from_db()
     assert made.outcomes == {action: 1, "succeed": 1}
-    assert (job.status, job.failures) == (Status.WAITING, failures)
+    # What was put off for no time at all may be due again already.
+    assert job.status in (Status.WAITING, Status.READY)
+    assert job.failures == failures
     assert Effect.objects.count() == 1
 
 
