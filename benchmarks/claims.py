@@ -19,7 +19,7 @@ _DONE = 100  # jobs that are claimed and finished at a time to use up a table
 _SUBJECTS = {"default": "async_queue", "empty": "empty table"}
 _WHAT = ("claim of 10", "probe: heads", "probe: tick")
 # The columns in which the rows beside differ: status, queue, rank, seconds from now.
-_BESIDE: Mapping[str, tuple[str, str, int, int]] = {
+BESIDE: Mapping[str, tuple[str, str, int, int]] = {
     "READY elsewhere": ("READY", "elsewhere", 0, -60),
     "WAITING of higher priority": ("WAITING", "default", -100, 30 * 86400),
     "WAITING": ("WAITING", "default", 0, 30 * 86400),
@@ -30,25 +30,30 @@ _BESIDE: Mapping[str, tuple[str, str, int, int]] = {
 def measure(run: Run) -> None:
     """Measure in a full table and in an empty one, by turns from claim to claim."""
     count = 20 if run.is_quick else 200
-    with _table(run.vendor) as empty:
-        for what, columns in list(_BESIDE.items())[: 2 if run.is_quick else None]:
-            with _table(run.vendor) as beside:
+    with table(run.vendor) as empty:
+        for what, columns in list(BESIDE.items())[: 2 if run.is_quick else None]:
+            with table(run.vendor) as beside:
                 beside.call(insert_rows, run.rows, *columns)
-                units = {f"{each}, {what}": "ms" for each in _WHAT}
-                looks = together(
-                    _SUBJECTS.values(), partial(_look, beside, empty, what, count)
-                )
-                run.look("claims", units, looks)
+                compare(run, "claims", what, beside, empty, count)
         # SQLite has no vacuum to wait for, and nobody writes beside a writer.
         if run.vendor != "sqlite":
             _measure_used(run, empty, count)
+
+
+def compare(
+    run: Run, figure: str, what: str, beside: Place, empty: Place, count: int
+) -> None:
+    """Compare claims, and looks, in a table that holds ``what`` with an empty one."""
+    units = {f"{each}, {what}": "ms" for each in _WHAT}
+    looks = together(_SUBJECTS.values(), partial(_look, beside, empty, what, count))
+    run.look(figure, units, looks)
 
 
 def _measure_used(run: Run, empty: Place, count: int) -> None:
     """Measure claims from a table that has seen many jobs, and no vacuum since."""
     for case, is_held in (("unvacuumed", False), ("behind a writer", True)):
         with ExitStack() as around:
-            used = around.enter_context(_table(run.vendor))
+            used = around.enter_context(table(run.vendor))
             _forbid_vacuum(used)
             around.enter_context(_writer(used) if is_held else nullcontext())
             used.call(use_up, run.rows // 5)
@@ -60,7 +65,8 @@ def _measure_used(run: Run, empty: Place, count: int) -> None:
 
 
 @contextmanager
-def _table(vendor: str) -> Iterator[Place]:
+def table(vendor: str) -> Iterator[Place]:
+    """Make an empty table of jobs."""
     with home(SYSTEMS["async_queue"], vendor) as place:
         place.call(fill, "async_queue", "noop", 0)
         place.settle()

@@ -6,10 +6,10 @@ here, and a bound in `benchmarks.bounds` if something is required of it.
 
 from collections.abc import Callable
 
-from benchmarks import claims, clients, decay, drain, enqueue, memory, pickup
+from benchmarks import claims, clients, decay, drain, enqueue, growth, memory, pickup
 from benchmarks.run import Run
 
-_MODULES = (drain, enqueue, pickup, clients, claims, decay, memory)
+_MODULES = (drain, enqueue, pickup, clients, claims, decay, growth, memory)
 FIGURES: dict[str, Callable[[Run], None]] = {
     module.__name__.rpartition(".")[2]: module.measure for module in _MODULES
 }

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 Series = Mapping[str, Any]
+Curve = tuple[list[int], list[float]]  # where, and how much there
 
 _OURS = "#0c4b33"
 _OTHERS = "#8a9a93"
@@ -21,7 +22,7 @@ _WIDTH = 7.0
 
 
 def draw(report: Mapping[str, Any], folder: Path) -> None:
-    """Draw bars of rates and of claims, and curves by threads and of decay."""
+    """Draw bars of rates and of claims, and curves of all that grows."""
     folder.mkdir(parents=True, exist_ok=True)
     cases: dict[tuple[str, str], list[Series]] = {}
     for series in report["series"]:
@@ -37,6 +38,8 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
     _claims(report, folder / f"{name}-claims.svg")
     _decay(report, folder / f"{name}-decay.svg")
     _threads(report, folder / f"{name}-threads.svg")
+    _queues(report, folder / f"{name}-queues.svg")
+    _rows(report, folder / f"{name}-rows.svg")
 
 
 def _bars(title: str, found: Sequence[Series], ours: set[str], path: Path) -> None:
@@ -85,7 +88,7 @@ def _decay(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _threads(report: Mapping[str, Any], path: Path) -> None:
-    curves: dict[str, tuple[list[int], list[float]]] = {}
+    curves: dict[str, Curve] = {}
     for series in report["series"]:
         if series["figure"] != "drain" or series["median"] is None:
             continue
@@ -99,11 +102,46 @@ def _threads(report: Mapping[str, Any], path: Path) -> None:
     _curves(f"{report['server']}: drain by threads", curves, "threads", path)
 
 
+def _queues(report: Mapping[str, Any], path: Path) -> None:
+    found: Curve = ([], [])
+    for series in _growth(report, "jobs/s"):
+        # "1,000 queues", or the one that async_queue is about.
+        number = series["subject"].partition(" queues")[0].replace(",", "")
+        found[0].append(int(number) if number.isdigit() else 1)
+        found[1].append(series["median"])
+    curves = {"jobs with an INSERT, 1x4": found} if found[0] else {}
+    title = f"{report['server']}: jobs in many queues"
+    _curves(title, curves, "queues", path, is_log=True)
+
+
+def _rows(report: Mapping[str, Any], path: Path) -> None:
+    curves: dict[str, Curve] = {}
+    for series in _growth(report, "ms"):
+        what, _, rows = series["case"].partition(", ")
+        where, values = curves.setdefault(f"{what}, {series['subject']}", ([], []))
+        where.append(int(rows.partition(" ")[0].replace(",", "")))
+        values.append(series["median"])
+    title = f"{report['server']}: claims and looks in a table that grows"
+    _curves(title, curves, "rows of each kind", path, unit="ms", is_log=True)
+
+
+def _growth(report: Mapping[str, Any], unit: str) -> list[Series]:
+    return [
+        series
+        for series in report["series"]
+        if (series["figure"], series["unit"]) == ("growth", unit)
+        and series["median"] is not None
+    ]
+
+
 def _curves(
     title: str,
-    curves: Mapping[str, tuple[list[int], list[float]]],
+    curves: Mapping[str, Curve],
     label: str,
     path: Path,
+    *,
+    unit: str = "jobs/s",
+    is_log: bool = False,
 ) -> None:
     if not curves:
         return
@@ -113,7 +151,9 @@ def _curves(
         is_ours = name.startswith(_SUBJECT)
         axes.plot(where, values, marker="o", linewidth=2 if is_ours else 1, label=name)
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("jobs/s")
+    axes.set_ylabel(unit)
+    if is_log:
+        axes.set_xscale("log")
     axes.legend(fontsize="small")
     _finish(figure, axes, title, label, path)
 

@@ -14,7 +14,7 @@ from benchmarks.places import Failed, Place
 from benchmarks.processes import python
 from benchmarks.report import Measured, Report
 from benchmarks.run import Run, together
-from benchmarks.systems import BESIDE, REFERENCES, SYSTEMS
+from benchmarks.systems import BESIDE, QUEUES, REFERENCES, SYSTEMS
 from benchmarks.systems.ours import AsyncQueue
 
 CALLS = """
@@ -154,7 +154,7 @@ def test_report_is_json_with_all_values(tmp_path: Path):
 
 
 def test_every_system_has_a_name_of_its_own():
-    assert set(SYSTEMS) == {"async_queue", *REFERENCES, *BESIDE}
+    assert set(SYSTEMS) == {"async_queue", *QUEUES.values(), *REFERENCES, *BESIDE}
 
 
 class Twice(AsyncQueue):
@@ -175,7 +175,7 @@ def test_drain_refuses_a_run_in_which_a_job_ran_twice():
         drain(Twice(), VENDORS[connection.vendor], kind="noop", jobs=3)
 
 
-@pytest.mark.parametrize("name", ["async_queue", "R", "D"])
+@pytest.mark.parametrize("name", ["async_queue", "10 queues", "R", "D"])
 def test_drain_counts_fifty_jobs(name: str):
     drained = drain(SYSTEMS[name], VENDORS[connection.vendor], kind="insert", jobs=50)
 

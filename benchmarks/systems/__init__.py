@@ -31,7 +31,14 @@ _BESIDE = (
     DjQueue(),
     Celery(),
 )
-_ALL: tuple[System, ...] = (AsyncQueue(), *map(Reference, REFERENCES), *_BESIDE)
+# By how many queues the jobs are in.
+QUEUES = {10: "10 queues", 100: "100 queues", 1_000: "1,000 queues"}
+_ALL: tuple[System, ...] = (
+    AsyncQueue(),
+    *(AsyncQueue(name, queues) for queues, name in QUEUES.items()),
+    *map(Reference, REFERENCES),
+    *_BESIDE,
+)
 SYSTEMS = {system.name: system for system in _ALL}
 BESIDE = [system.name for system in _BESIDE]
 
@@ -60,4 +67,4 @@ def fill(name: str, kind: str, count: int) -> None:
     system.enqueue(kind, range(count))
 
 
-__all__ = ["BESIDE", "REFERENCES", "SYSTEMS", "System", "fill", "home"]
+__all__ = ["BESIDE", "QUEUES", "REFERENCES", "SYSTEMS", "System", "fill", "home"]

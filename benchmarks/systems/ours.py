@@ -11,8 +11,11 @@ _AT_ONCE = 50_000  # jobs, all of which are returned
 
 
 class AsyncQueue(System):
-    name = "async_queue"
     package = "async_queue"
+
+    def __init__(self, name: str = "async_queue", queues: int = 1) -> None:
+        self.name = name  # type: ignore[misc]  # each has its own
+        self._queues = queues
 
     def wanted(self, place: Place, threads: int, processes: int) -> Mapping[str, Any]:
         return {"INSTALLED_APPS": ["async_queue"]}
@@ -20,9 +23,12 @@ class AsyncQueue(System):
     def enqueue(self, kind: str, numbers: range) -> None:
         from async_queue import schedule_many
 
-        calls = [(f"benchmarks.work.{kind}", [number]) for number in numbers]
-        for start in range(0, len(calls), _AT_ONCE):
-            schedule_many(calls[start : start + _AT_ONCE])
+        for queue in range(self._queues):
+            name = f"queue-{queue}" if queue else "default"
+            own = numbers[queue :: self._queues]
+            calls = [(f"benchmarks.work.{kind}", [number]) for number in own]
+            for start in range(0, len(calls), _AT_ONCE):
+                schedule_many(calls[start : start + _AT_ONCE], queue=name)
 
     def enqueue_one(self, kind: str, number: int) -> None:
         from async_queue import schedule

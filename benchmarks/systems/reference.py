@@ -8,9 +8,6 @@ from benchmarks.systems.ours import AsyncQueue
 class Reference(AsyncQueue):
     """One of them, on the rows that async_queue has made."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name  # type: ignore[misc]  # each has its own
-
     def commands(self, place: Place, threads: int, processes: int) -> list[list[str]]:
         command = python("-m", "benchmarks.references", self.name)
         options = [f"--db={place.vendor}", f"--threads={threads}", place.name]
