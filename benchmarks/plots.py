@@ -103,35 +103,29 @@ def _threads(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _queues(report: Mapping[str, Any], path: Path) -> None:
-    found: Curve = ([], [])
-    for series in _growth(report, "jobs/s"):
-        # "1,000 queues", or the one that async_queue is about.
-        number = series["subject"].partition(" queues")[0].replace(",", "")
-        found[0].append(int(number) if number.isdigit() else 1)
-        found[1].append(series["median"])
-    curves = {"jobs with an INSERT, 1x4": found} if found[0] else {}
+    curve: Curve = ([], [])
+    for series in report["series"]:
+        if (series["figure"], series["unit"]) == ("growth", "jobs/s"):
+            # "1,000 queues", or async_queue with one.
+            number = series["subject"].partition(" queues")[0].replace(",", "")
+            curve[0].append(int(number) if number.isdigit() else 1)
+            curve[1].append(series["median"] or 0.0)
+    curves = {"jobs with an INSERT, 1x4": curve} if curve[0] else {}
     title = f"{report['server']}: jobs in many queues"
     _curves(title, curves, "queues", path, is_log=True)
 
 
 def _rows(report: Mapping[str, Any], path: Path) -> None:
     curves: dict[str, Curve] = {}
-    for series in _growth(report, "ms"):
-        what, _, rows = series["case"].partition(", ")
-        where, values = curves.setdefault(f"{what}, {series['subject']}", ([], []))
-        where.append(int(rows.partition(" ")[0].replace(",", "")))
-        values.append(series["median"])
+    for ratio in report["ratios"]:
+        if (ratio["figure"], ratio["against"]) == ("growth", "empty table"):
+            what, _, rows = ratio["case"].partition(", ")
+            where, values = curves.setdefault(what, ([], []))
+            where.append(int(rows.partition(" ")[0].replace(",", "")))
+            values.append(ratio["ratio"])
     title = f"{report['server']}: claims and looks in a table that grows"
-    _curves(title, curves, "rows of each kind", path, unit="ms", is_log=True)
-
-
-def _growth(report: Mapping[str, Any], unit: str) -> list[Series]:
-    return [
-        series
-        for series in report["series"]
-        if (series["figure"], series["unit"]) == ("growth", unit)
-        and series["median"] is not None
-    ]
+    unit = "times as long as in an empty table"
+    _curves(title, curves, "rows of each kind", path, unit=unit, is_log=True)
 
 
 def _curves(
