@@ -80,7 +80,7 @@ class Claimer:
 
     def _all_queues(self) -> dict[str, Position | None]:
         queues, suspect = self._selection.queues, self._selection.suspect
-        if _are_names(queues):
+        if are_names(queues):
             return dict.fromkeys(queues)
         heads = statements.heads(connections[self._alias], suspect)
         self._positions = {
@@ -90,7 +90,7 @@ class Claimer:
 
     def _known_queues(self) -> dict[str, Position | None]:
         queues, known = self._selection.queues, self._positions
-        if _are_names(queues):
+        if are_names(queues):
             return {queue: known.get(queue) for queue in queues}
         if len(known) > 1:
             suspect = self._selection.suspect
@@ -142,6 +142,11 @@ def has_patterns(queues: Sequence[str]) -> bool:
     return any(queue.startswith("-") or "*" in queue for queue in queues)
 
 
+def are_names(queues: Sequence[str]) -> bool:
+    """Tell whether these are just names of queues, and at least one."""
+    return bool(queues) and not has_patterns(queues)
+
+
 def serves(queues: Sequence[str], name: str) -> bool:
     """Tell whether ``name`` is among ``queues``: names, ``b*``, and ``-c`` for not c.
 
@@ -189,10 +194,6 @@ def release(alias: str, worker: int, claims: Mapping[int, int]) -> int:
         )
     hooks.point("after_release")
     return released
-
-
-def _are_names(queues: Sequence[str]) -> bool:
-    return bool(queues) and not has_patterns(queues)
 
 
 def _turn_of(name: str, queues: Sequence[str]) -> int:

@@ -152,9 +152,8 @@ class Intake:
     def _claim_told(self, room: int) -> list[RunningJob]:
         """Take what word has come of: one need not ask first which queues have jobs."""
         told, self._told = self._told, set()
-        queues = self.selection.queues
         # Of several, one has to be asked which comes first; of names, they tell.
-        if len(told) != 1 or (queues and not claims.has_patterns(queues)):
+        if len(told) != 1 or claims.are_names(self.selection.queues):
             return []
         selection, place = self.selection._replace(queues=(*told,)), self._place
         return self._taken(claims.claim(place.alias, place.number, room, selection))

@@ -66,7 +66,10 @@ class Keeper:
     def __init__(self, place: Place, watched: Watched) -> None:
         self._place = place
         self._watched = watched
-        self._interval = conf.settings().poll_interval.total_seconds()
+        settings = conf.settings()
+        self._interval = settings.poll_interval.total_seconds()
+        # So old, in seconds, a proof of life may be: before others may doubt it.
+        self._trust = settings.stall_after.total_seconds() / 2
         self._peers = Peers(place.alias, self._interval)
         self._notifier = Notifier()
         self._is_over = False
@@ -114,8 +117,7 @@ class Keeper:
 
     def is_sure(self) -> bool:
         """Tell whether the worker was alive just now, as far as others can see."""
-        limit = conf.settings().stall_after.total_seconds() / 2
-        return self.has_begun and time.monotonic() - self._proved_at < limit
+        return self.has_begun and time.monotonic() - self._proved_at < self._trust
 
     def vouches_for(self, job: RunningJob) -> bool:
         """Tell whether a job that was claimed may still be begun."""

@@ -37,7 +37,7 @@ class Place:
         self._queues = tuple(queues)
         self._threads = threads
         # The names that a look for READY jobs can be restricted to.
-        self._exact = () if claims.has_patterns(self._queues) else self._queues
+        self._exact = self._queues if claims.are_names(self._queues) else ()
         self.is_pooled = False
 
     @property

@@ -10,7 +10,7 @@ from django.db import connection
 from benchmarks import ledger
 from benchmarks.drain import drain
 from benchmarks.ledger import Entry, Refused
-from benchmarks.places import Failed, Place
+from benchmarks.places import Failed, Place, server
 from benchmarks.processes import python
 from benchmarks.report import Measured, Report
 from benchmarks.run import Run, together
@@ -139,6 +139,13 @@ def test_subjects_measured_together_are_measured_once_a_round():
     run.compare("enqueue", "any", "jobs/s", together(("a", "b"), measure))
 
     assert [each.values for each in report.series] == [[1, 2, 3], [-1, -2, -3]]
+
+
+def test_report_names_what_the_server_leaves_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PGOPTIONS", "-c synchronous_commit=off")
+    vendor = VENDORS[connection.vendor]
+
+    assert ("synchronous_commit off" in server(vendor)) == (vendor == "postgres")
 
 
 def test_report_is_json_with_all_values(tmp_path: Path):
