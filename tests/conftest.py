@@ -10,6 +10,7 @@ from django.db import connection
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from async_queue.db import sidefile
+from tests import jobs
 
 
 def pytest_sessionfinish() -> None:
@@ -37,6 +38,15 @@ def second_connection() -> Iterator[BaseDatabaseWrapper]:
     other = connection.copy()
     yield other
     other.close()
+
+
+@pytest.fixture
+def gate() -> Iterator[Event]:
+    """What lets `jobs.leave_then_wait` return; open at the end in any case."""
+    jobs.begun.clear()
+    jobs.go_on.clear()
+    yield jobs.go_on
+    jobs.go_on.set()
 
 
 @pytest.fixture

@@ -176,15 +176,6 @@ def report_and_wait():
     jobs.leave_then_wait()
 
 
-@pytest.fixture
-def gate():
-    """What lets `jobs.leave_then_wait` return; open at the end in any case."""
-    jobs.begun.clear()
-    jobs.go_on.clear()
-    yield jobs.go_on
-    jobs.go_on.set()
-
-
 def test_progress_is_written_as_soon_as_it_can_be(crew, gate, wait_until):
     JobFactory(function="tests.test_keeper.report_and_wait")
     running = crew.run_next()

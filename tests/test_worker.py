@@ -34,15 +34,6 @@ is_serial = vendor(connection).runs_one_job_at_a_time
 parallel = pytest.mark.skipif(is_serial, reason="one job runs at a time here")
 
 
-@pytest.fixture
-def gate():
-    """What lets `jobs.leave_then_wait` return; open at the end in any case."""
-    jobs.begun.clear()
-    jobs.go_on.clear()
-    yield jobs.go_on
-    jobs.go_on.set()
-
-
 def flush(threads=2, **options):
     made = one_pass(threads, **options)
     made.run()
