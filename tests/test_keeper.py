@@ -255,6 +255,7 @@ def test_thread_of_a_worker_that_was_cut_off_has_time_to_hear_of_it(
     JobFactory(function="tests.test_keeper.ignore_all")
     running = crew.run_next()
     (job,) = crew.jobs.values()
+    wait_until(lambda: job.control.is_in_call)
     beats = []
 
     Worker.objects.update(dead_at=now())
