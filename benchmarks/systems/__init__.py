@@ -22,8 +22,10 @@ from benchmarks.systems.reference import Reference
 
 REFERENCES = ("R", "E", "D")
 _BESIDE = (
-    PgQueuer("pgqueuer", 10),
+    PgQueuer("pgqueuer"),
     PgQueuer("pgqueuer-100", 100),
+    PgQueuer("pgqueuer-threads", way="threads"),
+    PgQueuer("pgqueuer-asyncpg", way="asyncpg"),
     Procrastinate(),
     DjangoOx(),
     Huey(),

@@ -2,31 +2,35 @@
 
 The command itself (1.6.0) ends at once with the typer that is installed with it.
 
-Its jobs are coroutines. The one that inserts does so in autocommit on a connection of a
-pool, as its users would: effect and completion do not commit together.
+Its jobs are coroutines. Those of a Django project insert by the asynchronous methods of
+its ORM; or they call plain functions, as all others do, by `asyncio.to_thread`; without
+Django, they use asyncpg. All insert in autocommit, as its users would: an effect and
+its completion do not commit together.
 """
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from benchmarks.ledger import record
 from benchmarks.places import Place
 from benchmarks.processes import python
-from benchmarks.systems.base import System, scalar
+from benchmarks.systems.base import KINDS, System, scalar
 
 
 class PgQueuer(System):
     package = "pgqueuer"
     vendors = ("postgres",)
-    note = "asynchronous; an effect and its completion do not commit together"
+    note = "an effect and its completion do not commit together"
 
-    def __init__(self, name: str, batch_size: int) -> None:
+    def __init__(self, name: str, batch_size: int = 10, way: str = "orm") -> None:
         self.name = name  # type: ignore[misc]  # each has its own
         self._batch_size = batch_size
+        self._way = way
 
     def prepare(self) -> None:
         super().prepare()
@@ -36,7 +40,8 @@ class PgQueuer(System):
         _run(_enqueue(kind, numbers))
 
     def commands(self, place: Place, threads: int, processes: int) -> list[list[str]]:
-        return [python("-m", __name__, str(self._batch_size))] * processes
+        options = (self._way, str(self._batch_size), str(threads))
+        return [python("-m", __name__, *options)] * processes
 
     def variables(self, place: Place) -> dict[str, str]:
         server = place.database
@@ -66,31 +71,73 @@ def main() -> None:
     import uvloop
     from pgqueuer.core import logconfig
 
+    way, batch_size, threads = sys.argv[1], *map(int, sys.argv[2:])
     logconfig.setup_fancy_logger(logconfig.LogLevel.INFO)
-    uvloop.run(pgqueuer.run(_application, batch_size=int(sys.argv[1])))
+    application = partial(_application, way, threads)
+    uvloop.run(pgqueuer.run(application, batch_size=batch_size))
 
 
 @asynccontextmanager
-async def _application() -> AsyncIterator[Any]:
+async def _application(way: str, threads: int) -> AsyncIterator[Any]:
     """Give an application as its users write one."""
     import asyncpg
     from pgqueuer import PgQueuer as Application
     from pgqueuer.db import AsyncpgDriver
 
+    ways = {"orm": _by_orm, "threads": _in_threads, "asyncpg": _without_django}
     application = Application(AsyncpgDriver(await asyncpg.connect()))
+    for kind, function in (await ways[way](threads)).items():
+
+        @application.entrypoint(kind)
+        async def call(job: Any, function: Any = function) -> None:
+            await function(int(job.payload))
+
+    yield application
+
+
+Functions = dict[str, Callable[[int], Awaitable[None]]]
+
+
+async def _by_orm(threads: int) -> Functions:
+    import django
+
+    django.setup()
+    from benchmarks.models import Effect
+
+    async def insert(number: int) -> None:
+        record(number)
+        await Effect.objects.acreate(number=number)
+
+    return {"noop": _noop, "insert": insert}
+
+
+async def _in_threads(threads: int) -> Functions:
+    import django
+
+    django.setup()
+    from benchmarks import work
+
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads))
+    return {
+        kind: partial(asyncio.to_thread, getattr(work, kind))  # type: ignore[misc]
+        for kind in KINDS
+    }
+
+
+async def _without_django(threads: int) -> Functions:
+    import asyncpg
+
     pool = await asyncpg.create_pool()
 
-    @application.entrypoint("noop")
-    async def noop(job: Any) -> None:
-        record(int(job.payload))
-
-    @application.entrypoint("insert")
-    async def insert(job: Any) -> None:
-        number = int(job.payload)
+    async def insert(number: int) -> None:
         record(number)
         await pool.execute("INSERT INTO benchmarks_effect (number) VALUES ($1)", number)
 
-    yield application
+    return {"noop": _noop, "insert": insert}
+
+
+async def _noop(number: int) -> None:
+    record(number)
 
 
 def _run(coroutine: Coroutine[Any, Any, None]) -> None:
