@@ -18,7 +18,7 @@ from async_queue.statements import Selection
 
 # Jobs claimed for each thread: as many as it does in so many seconds, within bounds.
 _AHEAD = 0.05
-_PREFETCH = 16
+_PREFETCH = 32
 # Where jobs exclude each other: what waits behind a long one is not given back.
 _IN_LINE = 8
 _REMEMBERED = 32  # of the latest runs

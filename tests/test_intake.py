@@ -35,13 +35,13 @@ def place():
         (3, LONG, 1),
         (4, LONG, 0),
         (0, 0.01, 20),
-        (0, 0.0, 64),
-        (3, 0.0, 61),
-        (4, 0.0, 60),
-        (32, 0.0, 32),
+        (0, 0.0, 128),
+        (3, 0.0, 125),
+        (4, 0.0, 124),
+        (64, 0.0, 64),
         # No thread idles, and few at once cost as much as many.
-        (33, 0.0, 0),
-        (64, 0.0, 0),
+        (65, 0.0, 0),
+        (128, 0.0, 0),
     ],
 )
 def test_room_is_for_idle_threads_and_for_more_while_jobs_are_short(
@@ -90,7 +90,7 @@ def test_latest_runs_tell_whether_jobs_are_short():
     for _ in range(100):
         intake.note_run(0.0)
 
-    assert intake.room(0) == 64
+    assert intake.room(0) == 128
 
 
 @pytest.mark.django_db(transaction=True)
