@@ -237,7 +237,7 @@ def _untag(value: Any) -> Any:
 def _framed(*parts: str) -> bytes:
     # With their lengths, no two different lists of parts give the same bytes.
     encoded = [part.encode() for part in parts]
-    return b"".join(b"%d:%b" % (len(part), part) for part in encoded)
+    return b"".join([b"%d:%b" % (len(part), part) for part in encoded])
 
 
 def _mac(key: hmac.HMAC, *parts: str) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from contextvars import Context, copy_context
-from functools import partial
+from functools import lru_cache, partial
 from inspect import iscoroutinefunction
 from typing import Any, NamedTuple
 
@@ -60,6 +60,8 @@ _RERUN_PAUSES = (0.05, 0.2, 0.8)
 _RECORD_PAUSES = (0.0, 0.1, 0.5, 2.0, 8.0)
 
 _SUCCESS = Outcome("succeed")
+
+_is_asynchronous = lru_cache(maxsize=4096)(iscoroutinefunction)
 
 
 class Unrecorded(NamedTuple):
@@ -184,7 +186,7 @@ def execute_here(row: Job) -> Any:
             running.enter_context(context.running(job))
             job_started.send_robust(sender=Job, job=job)
             returned = perform(connection, job, _resolve(job)[0])
-            pass_fence(connection, job, returned.result)
+            pass_fence(connection, job, returned.result, commits=False)
     except KeyboardInterrupt:
         raise
     # A job that calls sys.exit() has failed here, too.
@@ -257,7 +259,7 @@ def _resolve(job: RunningJob) -> tuple[Callable[[], Any], Policy]:
     if policy.expires_after and job.claimed_at - job.run_after > policy.expires_after:
         raise JobExpired(f"job {job.id} was not started within {policy.expires_after}")
     function = callables.resolve(job.function)
-    if iscoroutinefunction(function):
+    if _is_asynchronous(function):
         function = async_to_sync(function)
     return partial(function, *args, **kwargs), policy
 

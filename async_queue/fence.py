@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from django.db import Error, InternalError
-from django.db import transaction as transactions
 from django.db.backends.base.base import BaseDatabaseWrapper
 
 from async_queue import codec, hooks, statements
@@ -39,9 +38,9 @@ def transaction(connection: BaseDatabaseWrapper) -> AbstractContextManager[None]
             "nothing would be committed: leave it on"
         )
     facts = vendor(connection)
-    block: Any = transactions.atomic(using=connection.alias, durable=True)
+    block = facts.block(connection)
     if not facts.runs_one_job_at_a_time:
-        return block  # type: ignore[no-any-return]
+        return block
     return _in_turn(facts.turn(connection), block)
 
 
@@ -74,20 +73,19 @@ def perform(
     job has not succeeded, or that nobody knows yet.
     """
     facts = vendor(connection)
-    guard = _Guard(connection, facts)
-    with _open_blocks_closed(connection, job), connection.execute_wrapper(guard):
+    with _Guard(connection, facts, job) as guard:
         value = job.control.call(call)
+    if guard.has_open_block:
+        raise TransactionBroken(
+            f"job {job.id} entered an atomic() block and did not leave it"
+        )
     guard.check()
     if not connection.in_atomic_block or connection.get_rollback():
         raise TransactionBroken(
             f"job {job.id} caught a database error, closed the connection or called "
             f"set_rollback(), so {_CANNOT_COMMIT}"
         )
-    if not facts.is_inside_transaction(connection, guard.has_sent):
-        raise TransactionBroken(
-            f"job {job.id} ended its transaction through the driver: what it did "
-            "before that is committed, and the job may run again"
-        )
+    guard.check_driver()
     hooks.point("after_call")
     is_empty = (
         facts.begins_late
@@ -130,34 +128,25 @@ def _leave_no_transaction(connection: BaseDatabaseWrapper, job: RunningJob) -> N
         connection.close()
 
 
-@contextmanager
-def _open_blocks_closed(
-    connection: BaseDatabaseWrapper, job: RunningJob
-) -> Iterator[None]:
-    """Forget the atomic() blocks that the job has entered and not left.
-
-    Django would take the end of our block for the end of theirs, and not commit.
-    """
-    savepoints, blocks = connection.savepoint_ids, connection.atomic_blocks
-    depths = len(savepoints), len(blocks)
-    try:
-        yield
-    finally:
-        has_open_block = len(savepoints) > depths[0]
-        del savepoints[depths[0] :], blocks[depths[1] :]
-    if has_open_block:
-        raise TransactionBroken(
-            f"job {job.id} entered an atomic() block and did not leave it"
-        )
-
-
 def pass_fence(
-    connection: BaseDatabaseWrapper, job: RunningJob, result: str | None
+    connection: BaseDatabaseWrapper,
+    job: RunningJob,
+    result: str | None,
+    *,
+    commits: bool = True,
 ) -> None:
-    """Make the job SUCCESSFUL in the open transaction, or raise ClaimLost."""
+    """Make the job SUCCESSFUL in the open transaction, or raise ClaimLost.
+
+    If it ``commits``, that is committed, too, where the database can be told both at
+    once. In the main thread Ctrl-C would not be heard meanwhile.
+    """
     hooks.point("before_fence")
+    _shield_hooks(connection, job)
+    # Not what is inside of a test's own transaction, or of a block of the caller's.
+    may_commit = not (connection.savepoint_ids or hooks.is_watched("after_fence"))
+    commits = commits and may_commit
     try:
-        stands = statements.finish(connection, job, result)
+        stands = statements.finish(connection, job, result, commits=commits)
     except InternalError as error:
         raise TransactionBroken(
             f"job {job.id} caught an error of a cursor of its own, so {_CANNOT_COMMIT}"
@@ -167,17 +156,40 @@ def pass_fence(
             f"job {job.id} was cancelled, or given to another worker, while it ran"
         )
     hooks.point("after_fence")
-    _shield_hooks(connection, job)
 
 
 class _Guard:
-    """Stands between a job and its connection, as an execute_wrapper of Django."""
+    """Stands between a job and its connection, as an execute_wrapper of Django.
 
-    def __init__(self, connection: BaseDatabaseWrapper, facts: Vendor) -> None:
+    At the end it forgets the atomic() blocks that the job has entered and not left:
+    Django would take the end of our block for the end of theirs, and not commit.
+    """
+
+    has_sent = False
+    has_open_block = False
+    _rollback: BaseException | None = None
+
+    def __init__(
+        self, connection: BaseDatabaseWrapper, facts: Vendor, job: RunningJob
+    ) -> None:
         self._connection = connection
         self._facts = facts
-        self.has_sent = False
-        self._rollback: BaseException | None = None
+        self._job = job
+        # What is there now is not the job's.
+        self._savepoints = len(connection.savepoint_ids)
+        self._blocks = len(connection.atomic_blocks)
+        self._wrappers = len(connection.execute_wrappers)
+
+    def __enter__(self) -> "_Guard":
+        self._connection.execute_wrappers.append(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        connection = self._connection
+        del connection.execute_wrappers[self._wrappers :]
+        self.has_open_block = len(connection.savepoint_ids) > self._savepoints
+        del connection.savepoint_ids[self._savepoints :]
+        del connection.atomic_blocks[self._blocks :]
 
     def __call__(
         self,
@@ -200,6 +212,10 @@ class _Guard:
                 "its effects, so it was not sent: use transaction.atomic(), and do "
                 "what cannot be undone outside of jobs"
             )
+        if self.has_sent:
+            self.check_driver()
+        else:
+            self._facts.begin(self._connection)
         self.has_sent = True
         try:
             return execute(sql, params, many, context)
@@ -217,6 +233,15 @@ class _Guard:
         raise TransactionBroken(
             "the job caught an error with which the database undid all it had done"
         ) from self._rollback
+
+    def check_driver(self) -> None:
+        """Raise if the job has ended the transaction without Django's knowledge."""
+        if self._facts.is_inside_transaction(self._connection, self.has_sent):
+            return
+        raise TransactionBroken(
+            f"job {self._job.id} ended its transaction through the driver: what it did "
+            "before that may be committed, and the job may run again"
+        )
 
 
 def _shield_hooks(connection: BaseDatabaseWrapper, job: RunningJob) -> None:

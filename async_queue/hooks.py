@@ -33,6 +33,11 @@ def point(name: str) -> None:
         _actions[name]()
 
 
+def is_watched(name: str) -> bool:
+    """Tell whether somebody acts at ``name``; if not, it need not be stopped at."""
+    return name in _actions
+
+
 @contextmanager
 def at(name: str, action: Callable[[], object]) -> Iterator[None]:
     """Call ``action``, in whatever thread gets there, whenever ``name`` is reached."""

@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from benchmarks.systems.base import KINDS
+
 Series = Mapping[str, Any]
 Curve = tuple[list[int], list[float]]  # where, and how much there
 
@@ -37,7 +39,8 @@ def draw(report: Mapping[str, Any], folder: Path) -> None:
             _bars(f"{report['server']}: {figure}, {case}", found, ours, path)
     _claims(report, folder / f"{name}-claims.svg")
     _decay(report, folder / f"{name}-decay.svg")
-    _threads(report, folder / f"{name}-threads.svg")
+    for kind in KINDS:
+        _threads(report, kind, folder / f"{name}-{kind}-threads.svg")
     _queues(report, folder / f"{name}-queues.svg")
     _rows(report, folder / f"{name}-rows.svg")
 
@@ -87,19 +90,20 @@ def _decay(report: Mapping[str, Any], path: Path) -> None:
     _curves(f"{report['server']}: a long backlog", curves, "tenth of the jobs", path)
 
 
-def _threads(report: Mapping[str, Any], path: Path) -> None:
+def _threads(report: Mapping[str, Any], kind: str, path: Path) -> None:
     curves: dict[str, Curve] = {}
     for series in report["series"]:
-        if series["figure"] != "drain" or series["median"] is None:
+        of, _, shape = series["case"].partition(" ")
+        if (series["figure"], of) != ("drain", kind) or series["median"] is None:
             continue
-        kind, _, shape = series["case"].partition(" ")
         processes, _, threads = shape.partition("x")
-        name = f"{series['subject']}, {kind}, {processes} process(es)"
+        many = "processes" if processes != "1" else "process"
+        name = f"{series['subject']}, {processes} {many}"
         counts, rates = curves.setdefault(name, ([], []))
         counts.append(int(threads))
         rates.append(series["median"])
     curves = {name: curve for name, curve in curves.items() if len(curve[0]) > 1}
-    _curves(f"{report['server']}: drain by threads", curves, "threads", path)
+    _curves(f"{report['server']}: {kind}, by threads", curves, "threads", path)
 
 
 def _queues(report: Mapping[str, Any], path: Path) -> None:

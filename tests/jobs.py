@@ -20,6 +20,12 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def echo(value: object, *, leaves: bool = False) -> object:
+    if leaves:
+        leave()
+    return value
+
+
 def leave(label: str = "effect") -> None:
     """Leave one row."""
     Effect.objects.create(label=label)

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from threading import Event, Lock, Thread
+from weakref import WeakSet
 
 _SIZE = 65536
 # MariaDB's driver speaks of autocommit, too.
@@ -34,6 +35,7 @@ class Proxy:
         self.delay = dict.fromkeys(DIRECTIONS, 0.0)
         self._flowing = {direction: Event() for direction in DIRECTIONS}
         self._pairs: set[Pair] = set()
+        self._deaf: WeakSet[socket.socket] = WeakSet()
         self._lock = Lock()
         self._closed = Event()
         self._is_refusing = False
@@ -121,6 +123,8 @@ class Proxy:
                 if is_client and self.cut and _COMMIT.search(chunk):
                     self._cut_off(source, target, chunk)
                     return
+                if target in self._deaf:
+                    return
                 target.sendall(chunk)
             self._hold_back(direction)
             target.shutdown(socket.SHUT_RDWR)
@@ -153,15 +157,16 @@ class Proxy:
         self, client: socket.socket, server: socket.socket, commit: bytes
     ) -> None:
         how, self.cut = self.cut, None
+        self.cuts += 1
         # From now on nothing comes back.
-        client.shutdown(socket.SHUT_WR)
+        self._deaf.add(client)
         if how == "after":
             server.sendall(commit)
             # The server closes only when it has done what was sent before.
             server.shutdown(socket.SHUT_WR)
         else:
             server.shutdown(socket.SHUT_RDWR)
-        self.cuts += 1
+        client.shutdown(socket.SHUT_WR)
 
 
 def _start(function: object, *args: object) -> None:

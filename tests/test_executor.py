@@ -15,7 +15,7 @@ from django.test import Client, override_settings
 from django.urls import path
 
 from async_queue import callables, hooks, intake, schedule, schedule_many
-from async_queue.db import vendor
+from async_queue.db import libpq, vendor
 from async_queue.exceptions import ClaimLost, InsideTransaction, NotExecutable
 from async_queue.models import Attempt, Job, Status
 from async_queue.signals import job_finished, job_started
@@ -701,9 +701,12 @@ def test_execute_in_a_view_that_is_not_atomic_works(client: Client) -> None:
 
 
 @pytest.fixture
-def sent() -> Iterator[list[tuple[str, str]]]:
+def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
     """The thread that sent it, and the statement, for all new connections."""
     statements: list[tuple[str, str]] = []
+    # What goes past Django's cursors.
+    for name in ("conclude", "pairs"):
+        monkeypatch.setattr(libpq, name, noted(statements, getattr(libpq, name)))
 
     def note(execute: Any, sql: str, *rest: Any) -> Any:
         statements.append((current_thread().name, sql))
@@ -715,6 +718,14 @@ def sent() -> Iterator[list[tuple[str, str]]]:
     connection_created.connect(watch)
     yield statements
     connection_created.disconnect(watch)
+
+
+def noted(statements: list[tuple[str, str]], send: Any) -> Any:
+    def note(connection: Any, sql: str, *rest: Any) -> Any:
+        statements.append((current_thread().name, sql))
+        return send(connection, sql, *rest)
+
+    return note
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import sqlparse
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.transaction import atomic
 
 # MySQL executes what stands in a comment that starts with /*! or, as MariaDB, /*M!.
 _SPACE = r"(?:\s|(?:--|#)[^\n]*(?:\n|$)|/\*(?!M?!).*?\*/)*"
@@ -154,6 +155,34 @@ class Vendor(ABC):
     def is_in_transaction(self, connection: BaseDatabaseWrapper) -> bool:
         """Tell whether a transaction is open, as the database sees it."""
         return False
+
+    def block(self, connection: BaseDatabaseWrapper) -> AbstractContextManager[None]:
+        """Return an atomic() that is inside no other."""
+        return atomic(using=connection.alias, durable=True)
+
+    def begin(self, connection: BaseDatabaseWrapper) -> None:
+        """Begin now what the next statement would begin, where that takes less."""
+
+    def change(self, connection: BaseDatabaseWrapper, sql: str, params: Any) -> bool:
+        """Send an UPDATE of one row; tell whether there is such a row."""
+        with connection.cursor() as cursor:
+            cursor.execute(sql, params)
+            return bool(cursor.rowcount == 1)
+
+    def conclude(self, connection: BaseDatabaseWrapper, sql: str, params: Any) -> bool:
+        """Do the same, and commit if so, where one message can say both.
+
+        Without such a row, nothing can be committed any more.
+        """
+        return self.change(connection, sql, params)
+
+    def change_many(
+        self, connection: BaseDatabaseWrapper, sql: str, arrays: tuple[list[Any], ...]
+    ) -> list[tuple[int, int]]:
+        """Send a statement that is given arrays; return the pairs that it returns."""
+        with connection.cursor() as cursor:
+            cursor.execute(sql, arrays)
+            return cursor.fetchall()  # type: ignore[no-any-return]
 
     def limit_statements(self, connection: BaseDatabaseWrapper, seconds: float) -> None:
         """Let no statement of the open transaction take longer, where it can be said.

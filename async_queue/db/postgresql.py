@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -11,6 +12,7 @@ from zoneinfo import ZoneInfo
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import Error, InterfaceError, OperationalError
 
+from async_queue.db import libpq
 from async_queue.db.base import (
     PRIVATE,
     Concern,
@@ -112,6 +114,8 @@ class PostgreSQL(Vendor):
         return moment
 
     def read_moment(self, value: datetime, connection: BaseDatabaseWrapper) -> datetime:
+        if value.tzinfo is UTC:
+            return value
         if value.tzinfo is None:  # USE_TZ is False: the session's local time
             value = value.replace(tzinfo=ZoneInfo(connection.timezone_name))
         return value.astimezone(UTC)
@@ -171,12 +175,42 @@ class PostgreSQL(Vendor):
     def is_inside_transaction(
         self, connection: BaseDatabaseWrapper, has_sent: bool
     ) -> bool:
-        # psycopg begins with the first statement.
-        return not has_sent or connection.connection.pgconn.transaction_status != _IDLE
+        # It begins with the first statement. What Django has closed it knows itself.
+        driver = connection.connection
+        if driver is None or not has_sent:
+            return True
+        return bool(driver.pgconn.transaction_status != _IDLE)
 
     def is_in_transaction(self, connection: BaseDatabaseWrapper) -> bool:
         driver = connection.connection
         return driver is not None and driver.pgconn.transaction_status in _OPEN
+
+    def block(self, connection: BaseDatabaseWrapper) -> AbstractContextManager[None]:
+        return libpq.Block(connection)
+
+    def begin(self, connection: BaseDatabaseWrapper) -> None:
+        if connection.connection is not None:
+            libpq.begin(connection)
+
+    def conclude(self, connection: BaseDatabaseWrapper, sql: str, params: Any) -> bool:
+        is_prepared = self._keeps_statements(connection)
+        if is_prepared and libpq.may_conclude(connection.connection):
+            return libpq.conclude(connection, sql, *params)
+        return super().conclude(connection, sql, params)
+
+    def change_many(
+        self, connection: BaseDatabaseWrapper, sql: str, arrays: tuple[list[Any], ...]
+    ) -> list[tuple[int, int]]:
+        if self._keeps_statements(connection):
+            return libpq.pairs(connection, sql, arrays)
+        return super().change_many(connection, sql, arrays)
+
+    def _keeps_statements(self, connection: BaseDatabaseWrapper) -> bool:
+        driver = connection.connection
+        # What a pool has lent it may reset.
+        if driver is None or connection.settings_dict["OPTIONS"].get("pool"):
+            return False
+        return libpq.keeps_statements(driver) and self.has_lasting_sessions(connection)
 
     def limit_statements(self, connection: BaseDatabaseWrapper, seconds: float) -> None:
         scalar(connection, _LIMIT, (max(1, round(1000 * seconds)),))

@@ -177,7 +177,7 @@ class SQLite(Vendor):
     def is_inside_transaction(
         self, connection: BaseDatabaseWrapper, has_sent: bool
     ) -> bool:
-        return _is_in_transaction(connection)
+        return connection.connection is None or _is_in_transaction(connection)
 
     def is_in_transaction(self, connection: BaseDatabaseWrapper) -> bool:
         return connection.connection is not None and _is_in_transaction(connection)

@@ -12,18 +12,22 @@ from async_queue.statements.rows import JOB
 
 
 def finish(
-    connection: BaseDatabaseWrapper, job: RunningJob, result: str | None
+    connection: BaseDatabaseWrapper,
+    job: RunningJob,
+    result: str | None,
+    *,
+    commits: bool = False,
 ) -> bool:
     """Make ``job`` SUCCESSFUL if its claim still stands; tell whether it did.
 
     This is the fence: sent in the job's own transaction, it commits with its effects.
+    With ``commits`` it also commits that transaction, where one message can say both;
+    if the claim is lost, nothing can be committed there any more.
     """
-    with connection.cursor() as cursor:
-        cursor.execute(
-            _finish_sql(vendor(connection)),
-            (result, job.id, job.worker, job.attempt),
-        )
-        return bool(cursor.rowcount == 1)
+    facts = vendor(connection)
+    change = facts.conclude if commits else facts.change
+    params = (result, job.id, job.worker, job.attempt)
+    return change(connection, _finish_sql(facts), params)
 
 
 @lru_cache
@@ -45,17 +49,14 @@ def finish_many(
     By one fence for all of them, which waits for nobody: a row that somebody has
     locked is left out. Only where `Vendor.begins_late`.
     """
-    with connection.cursor() as cursor:
-        cursor.execute(
-            _finish_many_sql(vendor(connection)),
-            (
-                [job.id for job, _ in runs],
-                [job.worker for job, _ in runs],
-                [job.attempt for job, _ in runs],
-                [result for _, result in runs],
-            ),
-        )
-        return set(cursor.fetchall())
+    facts = vendor(connection)
+    arrays = (
+        [job.id for job, _ in runs],
+        [job.worker for job, _ in runs],
+        [job.attempt for job, _ in runs],
+        [result for _, result in runs],
+    )
+    return set(facts.change_many(connection, _finish_many_sql(facts), arrays))
 
 
 @lru_cache

@@ -40,10 +40,16 @@ def wire() -> Iterator[Proxy]:
             yield made
 
 
-def test_commit_that_never_arrived_is_made_again(wire: Proxy) -> None:
+@pytest.fixture(params=["before_fence", "after_fence"])
+def point(request: pytest.FixtureRequest) -> str:
+    """Where it is cut: PostgreSQL is sent both in one message if nobody is between."""
+    return str(request.param)
+
+
+def test_commit_that_never_arrived_is_made_again(wire: Proxy, point: str) -> None:
     job = schedule(leave)
 
-    with hooks.at("after_fence", lambda: setattr(wire, "cut", "before")):
+    with hooks.at(point, lambda: setattr(wire, "cut", "before")):
         outcome = execute_next()
 
     job.refresh_from_db()
@@ -57,10 +63,12 @@ def test_commit_that_never_arrived_is_made_again(wire: Proxy) -> None:
     assert Effect.objects.count() == 1
 
 
-def test_commit_whose_answer_was_lost_is_found_and_not_repeated(wire: Proxy) -> None:
+def test_commit_whose_answer_was_lost_is_found_and_not_repeated(
+    wire: Proxy, point: str
+) -> None:
     job = schedule(leave)
 
-    with hooks.at("after_fence", lambda: setattr(wire, "cut", "after")):
+    with hooks.at(point, lambda: setattr(wire, "cut", "after")):
         outcome = execute_next()
 
     job.refresh_from_db()
@@ -73,14 +81,16 @@ def test_commit_whose_answer_was_lost_is_found_and_not_repeated(wire: Proxy) -> 
 
 
 @pytest.mark.parametrize("how", ["before", "after"])
-def test_pool_survives_a_connection_cut_at_commit(wire: Proxy, how: str) -> None:
+def test_pool_survives_a_connection_cut_at_commit(
+    wire: Proxy, how: str, point: str
+) -> None:
     jobs = [schedule(leave) for _ in range(20)]
 
     def cut_once() -> None:
         if not wire.cuts:
             wire.cut = how
 
-    with hooks.at("after_fence", cut_once):
+    with hooks.at(point, cut_once):
         flush()
     for job in jobs:
         make_due(job)
@@ -113,12 +123,12 @@ def test_lost_answer_to_the_record_of_a_failure_changes_nothing(
     [("before", Status.READY, 0), ("after", Status.SUCCESSFUL, 1)],
 )
 def test_execute_by_hand_raises_and_leaves_the_truth(
-    wire: Proxy, how: str, status: Status, effects: int
+    wire: Proxy, how: str, status: Status, effects: int, point: str
 ) -> None:
     job = schedule(leave)
 
     with (
-        hooks.at("after_fence", lambda: setattr(wire, "cut", how)),
+        hooks.at(point, lambda: setattr(wire, "cut", how)),
         pytest.raises(OperationalError),
     ):
         job.execute()
@@ -128,11 +138,13 @@ def test_execute_by_hand_raises_and_leaves_the_truth(
 
 
 @pytest.mark.parametrize("how", ["before", "after"])
-def test_hooks_run_at_most_once_when_the_answer_is_lost(wire: Proxy, how: str) -> None:
+def test_hooks_run_at_most_once_when_the_answer_is_lost(
+    wire: Proxy, how: str, point: str
+) -> None:
     misbehaving.called.clear()
     schedule(misbehaving.register_hooks)
 
-    with hooks.at("after_fence", lambda: setattr(wire, "cut", how)):
+    with hooks.at(point, lambda: setattr(wire, "cut", how)):
         execute_next()
 
     assert misbehaving.called == []

@@ -1,0 +1,234 @@
+"""A job's transaction on PostgreSQL: what is sent for each job, and without a cursor.
+
+Django's and psycopg's cursors take three times the CPU of a message. What psycopg has
+below them is there for this: https://www.psycopg.org/psycopg3/docs/api/pq.html
+"""
+
+import re
+import time
+from collections.abc import Iterable
+from functools import lru_cache
+from itertools import count
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.transaction import Atomic
+
+# Seconds for which a statement is used as the server has planned it: the table may have
+# been empty then, and is read as a whole.
+_FRESH = 1.0
+# Of libpq: what a result may be when all is well; no transaction, and one that waits.
+_DONE, _IDLE, _OPEN = (1, 2), 0, 2
+_NOTHING = (None, None, None)
+_DIVISION_BY_ZERO, _NOT_PREPARED = "22012", "26000"
+_ONLY_ONE = "SELECT 1 / count(*) FROM changed"
+_SPECIAL = re.compile(r'(["\\])')
+
+
+class _Prepared(NamedTuple):
+    name: bytes
+    made_at: float  # by the monotonic clock
+
+
+# By the driver's connection, which one thread uses, and the statement.
+_prepared: WeakKeyDictionary[Any, dict[str, _Prepared]] = WeakKeyDictionary()
+# Those in which somebody has deallocated them.
+_forgetful: WeakSet[Any] = WeakSet()
+_numbers = count(1)
+
+
+def keeps_statements(driver: Any) -> bool:
+    """Tell whether statements that are prepared in this lasting session stay there.
+
+    Where psycopg prepares some itself, it may also drop them all; and somebody who has
+    once done so will again.
+    """
+    return driver.prepare_threshold is None and driver not in _forgetful
+
+
+def may_conclude(driver: Any) -> bool:
+    """Tell whether nothing of psycopg's stands between the fence and COMMIT.
+
+    A transaction() block or a pipeline that was left open, a result that was not read.
+    """
+    status = driver.pgconn.transaction_status
+    return status in (_IDLE, _OPEN) and not _is_busy(driver)
+
+
+def _is_busy(driver: Any) -> bool:
+    # It keeps the number of its own blocks to itself.
+    has_block = getattr(driver, "_num_transactions", 0)
+    return bool(has_block or driver.pgconn.pipeline_status)
+
+
+class Block(Atomic):
+    """The outermost atomic() of a session, at a third of the cost while all is well.
+
+    Django's own does whatever is out of the ordinary: the end of what is not committed
+    yet, such as after an error.
+    """
+
+    def __init__(self, connection: Any) -> None:
+        super().__init__(connection.alias, savepoint=True, durable=True)
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        connection = self._connection
+        driver = connection.connection
+        is_usual = connection.autocommit and not connection.health_check_enabled
+        if driver is None or connection.in_atomic_block or not is_usual:
+            return super().__enter__()
+        with connection.wrap_database_errors:
+            driver.autocommit = False
+        connection.autocommit = False
+        connection.commit_on_exit = True
+        connection.needs_rollback = False
+        connection.in_atomic_block = True
+        connection.atomic_blocks.append(self)
+        return None
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        connection = self._connection
+        driver = connection.connection
+        has_failed = kind is not None or connection.needs_rollback or driver is None
+        is_outermost = connection.in_atomic_block and not connection.savepoint_ids
+        # Then it was committed by `conclude`, or nothing was ever sent: whoever ended
+        # it in another way has been found out, and has failed.
+        if has_failed or not is_outermost or not _is_idle(driver):
+            return super().__exit__(kind, error, traceback)
+        connection.atomic_blocks.pop()
+        connection.in_atomic_block = False
+        connection.errors_occurred = False
+        driver.autocommit = True
+        connection.autocommit = True
+        if connection.run_on_commit:
+            connection.run_and_clear_commit_hooks()
+        return None
+
+
+def begin(connection: BaseDatabaseWrapper) -> None:
+    """Begin a transaction as psycopg is about to, unless it has more to say there."""
+    driver = connection.connection
+    has_more = (driver.isolation_level, driver.read_only, driver.deferrable) != _NOTHING
+    if has_more or driver.autocommit or not _is_idle(driver) or _is_busy(driver):
+        return
+    with connection.wrap_database_errors:
+        _checked(connection, driver.pgconn.exec_(b"BEGIN"))
+
+
+def pairs(
+    connection: BaseDatabaseWrapper, sql: str, arrays: Iterable[Iterable[Any]]
+) -> list[tuple[int, int]]:
+    """Return the pairs of numbers that a statement returns, which is given arrays."""
+    name = _prepare(connection, sql)
+    values = [_array(array).encode() for array in arrays]
+    with connection.wrap_database_errors:
+        pgconn = connection.connection.pgconn
+        found = _checked(connection, pgconn.exec_prepared(name, values))
+    read = found.get_value
+    return [(int(read(row, 0)), int(read(row, 1))) for row in range(found.ntuples)]
+
+
+def conclude(
+    connection: BaseDatabaseWrapper, sql: str, text: str | None, *numbers: int
+) -> bool:
+    """Change one row by the UPDATE, and commit what is open, in one message.
+
+    False if there is no such row: then nothing can be committed any more.
+    """
+    driver = connection.connection
+    # Only an error keeps the server from what follows in the same message.
+    name = _prepare(connection, f"WITH changed AS ({sql} RETURNING 1) {_ONLY_ONE}")
+    message = b"EXECUTE %b(%b, %b)" % (name, _literal(driver, text), _list(numbers))
+    was_idle = _is_idle(driver)
+    if not was_idle:
+        message += b"; COMMIT"
+    with connection.wrap_database_errors:
+        answer = driver.pgconn.exec_(message)
+        # An error of the COMMIT leaves no transaction; one of what stands before it
+        # leaves all as it was: a transaction that can only be rolled back, or none.
+        has_refused = answer.status not in _DONE and was_idle == _is_idle(driver)
+        if has_refused and _state(answer) == _DIVISION_BY_ZERO:
+            return False
+        _checked(connection, answer)
+    return True
+
+
+def _is_idle(driver: Any) -> bool:
+    return bool(driver.pgconn.transaction_status == _IDLE)
+
+
+def _prepare(connection: BaseDatabaseWrapper, sql: str) -> bytes:
+    """Return the name under which the session knows the statement."""
+    driver = connection.connection
+    known = _prepared.get(driver)
+    if known is None:
+        known = _prepared[driver] = {}
+    now = time.monotonic()
+    found = known.get(sql)
+    if found is None or now - found.made_at > _FRESH:
+        with connection.wrap_database_errors:
+            if found is not None:
+                _checked(connection, driver.pgconn.exec_(b"DEALLOCATE " + found.name))
+            found = _Prepared(b"async_queue_%d" % next(_numbers), now)
+            _checked(connection, driver.pgconn.prepare(found.name, _numbered(sql)))
+        known[sql] = found
+    return found.name
+
+
+@lru_cache
+def _numbered(sql: str) -> bytes:
+    """Return the statement with its parameters as libpq has them."""
+    places = count(1)
+    return re.sub("%s", lambda _: f"${next(places)}", sql).encode()
+
+
+def _literal(driver: Any, text: str | None) -> bytes:
+    if text is None:
+        return b"NULL"
+    from psycopg.pq import Escaping
+
+    encoded = text.encode(driver.info.encoding)
+    return bytes(Escaping(driver.pgconn).escape_literal(encoded))
+
+
+def _list(numbers: Iterable[int]) -> bytes:
+    return b", ".join([b"%d" % number for number in numbers])
+
+
+def _array(values: Iterable[Any]) -> str:
+    """Return an array of numbers, or of texts, as PostgreSQL writes it."""
+    return f"{{{','.join(map(_element, values))}}}"
+
+
+def _element(value: Any) -> str:
+    if isinstance(value, str):
+        return '"' + _SPECIAL.sub(r"\\\1", value) + '"'
+    return "NULL" if value is None else str(value)
+
+
+def _checked(connection: BaseDatabaseWrapper, answer: Any) -> Any:
+    """Return the answer of the server, unless it is an error: raise that."""
+    if answer.status in _DONE:
+        return answer
+    from psycopg.errors import (
+        OperationalError,
+        SerializationFailure,
+        error_from_result,
+    )
+
+    driver, state = connection.connection, _state(answer)
+    if state == _NOT_PREPARED:
+        _forgetful.add(driver)
+        # It is rolled back for no fault of its own, and may be run again.
+        raise SerializationFailure("somebody has deallocated the queue's statements")
+    if driver.closed and not state:
+        raise OperationalError(answer.get_error_message())
+    raise error_from_result(answer, driver.info.encoding)
+
+
+def _state(answer: Any) -> str:
+    from psycopg.pq import DiagnosticField
+
+    return (answer.error_field(DiagnosticField.SQLSTATE) or b"").decode()
