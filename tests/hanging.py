@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Event, Lock
+from threading import Event, Lock, get_ident
 from typing import Any
 
 from django.db import connection, transaction
@@ -41,8 +41,10 @@ def session() -> str:
 def say(folder: str, name: str, *words: object) -> None:
     """Leave a file for the test to find, with these words in it."""
     path = Path(folder) / name
-    path.with_suffix(".new").write_text(" ".join(map(str, words)))
-    path.with_suffix(".new").rename(path)
+    # Jobs may say the same at the same time.
+    own = path.with_suffix(f".{os.getpid()}.{get_ident()}")
+    own.write_text(" ".join(map(str, words)))
+    own.rename(path)
 
 
 def await_file(folder: str, name: str, check: Callable[[], object] = bool) -> None:
