@@ -143,8 +143,8 @@ def pass_fence(
     hooks.point("before_fence")
     _shield_hooks(connection, job)
     # Not what is inside of a test's own transaction, or of a block of the caller's.
-    may_commit = not (connection.savepoint_ids or hooks.is_watched("after_fence"))
-    commits = commits and may_commit
+    is_outermost = not connection.savepoint_ids
+    commits = commits and is_outermost and not hooks.is_watched("after_fence")
     try:
         stands = statements.finish(connection, job, result, commits=commits)
     except InternalError as error:

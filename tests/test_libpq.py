@@ -128,18 +128,27 @@ def test_job_that_drops_what_is_prepared_runs_once_more(
     assert len(concluded) == (2 if sql == "DEALLOCATE ALL" else 4)
 
 
+def prepared() -> list[str]:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT name FROM pg_prepared_statements")
+        return [name for (name,) in cursor.fetchall()]
+
+
 def test_statement_is_prepared_anew_after_a_moment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The table that it was planned for may have been empty.
+    schedule_many((jobs.leave,) for _ in range(3))
+
+    execute_next()
+    (first,) = prepared()
+    execute_next()
+    assert prepared() == [first]
+
     monkeypatch.setattr(libpq, "_FRESH", 0.0)
-
-    schedule_many((jobs.leave,) for _ in range(5))
-    assert flush(threads=1).outcomes == {"succeed": 5}
-
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT count(*) FROM pg_prepared_statements")
-        assert cursor.fetchone()[0] <= 1
+    execute_next()
+    (other,) = prepared()
+    assert other != first
 
 
 def test_claim_that_is_lost_commits_nothing(concluded: list[str]) -> None:
@@ -194,16 +203,40 @@ def test_hooks_run_once_it_has_committed() -> None:
     assert misbehaving.called
 
 
-def test_execute_in_a_testcase_leaves_its_transaction_open(
-    concluded: list[str],
-) -> None:
+def test_job_in_a_testcase_leaves_its_transaction_open(concluded: list[str]) -> None:
+    schedule(jobs.leave)
+    running = claim_next()
+
     with transaction.atomic():
         transaction.get_connection().atomic_blocks[-1]._from_testcase = True
-        schedule(jobs.leave).execute()
-        assert concluded == []
+        assert executor.execute(running).action == "succeed"
         transaction.set_rollback(True)
 
+    assert concluded == []
     assert not Effect.objects.exists()
+
+
+def test_execute_by_hand_can_be_interrupted(concluded: list[str]) -> None:
+    schedule(jobs.leave).execute()
+
+    assert concluded == []
+    assert Effect.objects.count() == 1
+
+
+def leave_pipeline_open() -> None:
+    driver: Any = connection.connection
+    kept[:] = [driver.pipeline()]
+    kept[0].__enter__()
+    driver.cursor().execute("INSERT INTO tests_effect (label) VALUES ('piped')")
+
+
+def test_pipeline_that_is_left_open_is_no_success_without_its_effect() -> None:
+    job = schedule(leave_pipeline_open)
+
+    flush(threads=1)
+
+    job.refresh_from_db()
+    assert (job.status == Status.SUCCESSFUL) == Effect.objects.exists()
 
 
 def roll_back_then_leave() -> None:

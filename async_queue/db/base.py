@@ -172,7 +172,7 @@ class Vendor(ABC):
     def conclude(self, connection: BaseDatabaseWrapper, sql: str, params: Any) -> bool:
         """Do the same, and commit if so, where one message can say both.
 
-        Without such a row, nothing can be committed any more.
+        Without such a row the caller has to roll back.
         """
         return self.change(connection, sql, params)
 

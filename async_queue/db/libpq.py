@@ -22,7 +22,6 @@ _FRESH = 1.0
 _DONE, _IDLE, _OPEN = (1, 2), 0, 2
 _NOTHING = (None, None, None)
 _DIVISION_BY_ZERO, _NOT_PREPARED = "22012", "26000"
-_ONLY_ONE = "SELECT 1 / count(*) FROM changed"
 _SPECIAL = re.compile(r'(["\\])')
 
 
@@ -135,11 +134,10 @@ def conclude(
 ) -> bool:
     """Change one row by the UPDATE, and commit what is open, in one message.
 
-    False if there is no such row: then nothing can be committed any more.
+    False if there is no such row: then what is open has failed.
     """
     driver = connection.connection
-    # Only an error keeps the server from what follows in the same message.
-    name = _prepare(connection, f"WITH changed AS ({sql} RETURNING 1) {_ONLY_ONE}")
+    name = _prepare(connection, _failing(sql))
     message = b"EXECUTE %b(%b, %b)" % (name, _literal(driver, text), _list(numbers))
     was_idle = _is_idle(driver)
     if not was_idle:
@@ -175,6 +173,15 @@ def _prepare(connection: BaseDatabaseWrapper, sql: str) -> bytes:
             _checked(connection, driver.pgconn.prepare(found.name, _numbered(sql)))
         known[sql] = found
     return found.name
+
+
+@lru_cache
+def _failing(sql: str) -> str:
+    """Return the UPDATE as a statement that fails if it changes no row.
+
+    Only an error keeps the server from what follows in the same message.
+    """
+    return f"WITH changed AS ({sql} RETURNING 1) SELECT 1 / count(*) FROM changed"
 
 
 @lru_cache

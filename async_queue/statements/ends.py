@@ -22,7 +22,7 @@ def finish(
 
     This is the fence: sent in the job's own transaction, it commits with its effects.
     With ``commits`` it also commits that transaction, where one message can say both;
-    if the claim is lost, nothing can be committed there any more.
+    if the claim is lost, the caller has to roll back.
     """
     facts = vendor(connection)
     change = facts.conclude if commits else facts.change

@@ -21,6 +21,8 @@ from benchmarks.places import Place
 from benchmarks.processes import python
 from benchmarks.systems.base import KINDS, System, scalar
 
+Functions = dict[str, Callable[[int], Awaitable[None]]]  # by their kinds
+
 
 class PgQueuer(System):
     package = "pgqueuer"
@@ -93,9 +95,6 @@ async def _application(way: str, threads: int) -> AsyncIterator[Any]:
             await function(int(job.payload))
 
     yield application
-
-
-Functions = dict[str, Callable[[int], Awaitable[None]]]
 
 
 async def _by_orm(threads: int) -> Functions:
