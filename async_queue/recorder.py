@@ -5,6 +5,7 @@ commit with the record of them: see "Jobs that write nothing" in ``docs/guarante
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,8 +20,10 @@ from async_queue.outcomes import Finished, Outcome
 
 logger = logging.getLogger("async_queue")
 
-# Jobs, for each thread, that are not recorded yet: see decision 16.
-_EACH = 4
+# Jobs, for each thread, that are not recorded yet; and how few once whoever records
+# has taken longer than so many seconds: see decisions 16 and 18.
+_MOST, _FEW = 16, 4
+_COMMIT = 0.01
 # Seconds to wait for whoever records, when too many are open.
 _PATIENCE = 1.0
 # Times that one thread goes on recording others while a locked row is left to it.
@@ -38,11 +41,12 @@ class Recorder:
         self, alias: str, threads: int, note_end: Callable[[Finished], None]
     ) -> None:
         self._alias = alias
-        self._most = _EACH * threads
+        self._threads = threads
         self._note_end = note_end
         self._lock = Lock()
         self._open: deque[Unrecorded] = deque()
         self._writing = 0
+        self._began_at = 0.0
 
     def put(self, unrecorded: Unrecorded) -> None:
         """Record it, or leave it to a thread that is just recording others."""
@@ -64,9 +68,10 @@ class Recorder:
 
     def _acquire(self, own: Unrecorded) -> bool:
         """Take the right to record; wait for it only if too many are open."""
-        if self._lock.acquire(timeout=_PATIENCE if self._are_many() else 0):
+        are_many = self._are_many()
+        if self._lock.acquire(timeout=_PATIENCE if are_many else 0):
             return True
-        if self._are_many():
+        if are_many:
             # Whoever records hangs. Somebody may just take this one, too.
             with suppress(ValueError, IndexError):
                 self._open.remove(own)
@@ -74,12 +79,14 @@ class Recorder:
         return False
 
     def _are_many(self) -> bool:
-        return len(self._open) + self._writing > self._most
+        each = (len(self._open) + self._writing) / self._threads
+        is_late = each > _FEW and time.monotonic() - self._began_at > _COMMIT
+        return is_late or each > _MOST
 
     def _record_all(self, slot: int) -> list[Unrecorded]:
         """Record what is open now; return what has to be recorded by itself."""
         batch = [self._open.popleft() for _ in range(len(self._open))]
-        self._writing = len(batch)
+        self._writing, self._began_at = len(batch), time.monotonic()
         try:
             recorded = self._write(batch, slot)
         finally:

@@ -263,10 +263,12 @@ def test_receiver_that_hangs_keeps_nobody_from_recording(
     assert len(ends) == 9
 
 
-def test_who_hangs_while_recording_keeps_nobody_for_long(
-    ends: Ends, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("seconds", "wait"), [(60.0, 16), (0.0, 4)])
+def test_who_hangs_while_recording_keeps_few_and_nobody_for_long(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch, seconds: float, wait: int
 ) -> None:
     monkeypatch.setattr(recorder_module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(recorder_module, "_COMMIT", seconds)
     is_there, may_go_on = Event(), Event()
 
     def hang() -> None:
@@ -274,19 +276,19 @@ def test_who_hangs_while_recording_keeps_nobody_for_long(
             is_there.set()
             assert may_go_on.wait(20)
 
-    slow, *others = claimed(9)
+    slow, *others = claimed(20)
     recorder = Recorder("default", 1, ends.append)
     with hooks.at("before_fence", hang):
         hanging = elsewhere(recorder.put, unrecorded(slow))
         assert is_there.wait(20)
         for job in others:
             recorder.put(unrecorded(job))
-        assert len(ends) >= 4
+        assert len(ends) == 20 - wait
         may_go_on.set()
         hanging.result(20)
 
     assert set(ends.actions().values()) == {"succeed"}
-    assert len(ends) == 9
+    assert len(ends) == 20
 
 
 def test_end_is_told_of_in_the_context_of_its_job(
