@@ -1,11 +1,13 @@
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
+from unittest.mock import patch
 
 import pytest
 from django.db import OperationalError, connection, transaction
 
 from async_queue import claims, maintenance
-from async_queue.db import vendor
+from async_queue.db import libpq, vendor
 from async_queue.models import Job, Status
 from async_queue.statements import Selection
 from tests.factories import JobFactory, WorkerFactory, now
@@ -194,6 +196,18 @@ class Interference:
         return execute(sql, *rest)
 
 
+@contextmanager
+def wrapped(wrapper):
+    """Pass all statements to the wrapper, also those that go past Django's cursors."""
+    rows = libpq.rows
+
+    def pass_on(connection, sql, params):
+        return wrapper(lambda *sent: rows(connection, sql, params), sql, params)
+
+    with connection.execute_wrapper(wrapper), patch.object(libpq, "rows", pass_on):
+        yield
+
+
 def transient_error():
     """Return an error that each vendor counts among those that pass."""
     error = OperationalError(1213, "deadlock")
@@ -207,7 +221,7 @@ def transient_error():
 def test_claim_tries_again_when_the_database_rolled_it_back(worker):
     row = JobFactory()
 
-    with connection.execute_wrapper(Interference(3, transient_error())):
+    with wrapped(Interference(3, transient_error())):
         assert claimed(worker, queues=("default",)) == [row.pk]
 
 
@@ -216,7 +230,7 @@ def test_claim_tells_of_an_error_that_stays(worker):
     JobFactory()
 
     with (
-        connection.execute_wrapper(Interference(4, transient_error())),
+        wrapped(Interference(4, transient_error())),
         pytest.raises(OperationalError, match="deadlock"),
     ):
         claimed(worker, queues=("default",))
@@ -227,7 +241,7 @@ def test_claim_tells_at_once_of_an_error_that_does_not_pass(worker):
     once = Interference(1, OperationalError("disk full"))
 
     with (
-        connection.execute_wrapper(once),
+        wrapped(once),
         pytest.raises(OperationalError, match="disk full"),
     ):
         claimed(worker, queues=("default",))
@@ -262,7 +276,7 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(claims, "time", clock)
-    with connection.execute_wrapper(clock):
+    with wrapped(clock):
         yield clock
 
 

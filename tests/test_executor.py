@@ -705,7 +705,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str]]]:
     """The thread that sent it, and the statement, for all new connections."""
     statements: list[tuple[str, str]] = []
     # What goes past Django's cursors.
-    for name in ("conclude", "pairs"):
+    for name in ("conclude", "pairs", "rows"):
         monkeypatch.setattr(libpq, name, noted(statements, getattr(libpq, name)))
 
     def note(execute: Any, sql: str, *rest: Any) -> Any:

@@ -176,6 +176,12 @@ class Vendor(ABC):
         """
         return self.change(connection, sql, params)
 
+    def take(self, connection: Any, sql: str, params: list[Any]) -> list[Any]:
+        """Send a statement that changes rows; return those that it returns."""
+        with connection.cursor() as cursor:
+            cursor.execute(sql, params)
+            return cursor.fetchall()  # type: ignore[no-any-return]
+
     def change_many(
         self, connection: BaseDatabaseWrapper, sql: str, arrays: tuple[list[Any], ...]
     ) -> list[tuple[int, int]]:

@@ -198,6 +198,9 @@ class PostgreSQL(Vendor):
             return libpq.conclude(connection, sql, *params)
         return super().conclude(connection, sql, params)
 
+    def take(self, connection: Any, sql: str, params: list[Any]) -> list[Any]:
+        return libpq.rows(connection, sql, params)
+
     def change_many(
         self, connection: BaseDatabaseWrapper, sql: str, arrays: tuple[list[Any], ...]
     ) -> list[tuple[int, int]]:

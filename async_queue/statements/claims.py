@@ -89,11 +89,11 @@ def claim(
         bool(selection.prefix),
         start is not None,
     )
-    with connection.cursor() as cursor:
-        if facts.claims_in_one_statement:
-            cursor.execute(_claim_sql(facts, restricted), [*picks, worker])
-            rows = cursor.fetchall()
-        else:
+    if facts.claims_in_one_statement:
+        sql = _claim_sql(facts, restricted)
+        rows = facts.take(connection, sql, [*picks, worker])
+    else:
+        with connection.cursor() as cursor:
             rows = _pick_then_take(cursor, connection, worker, picks, restricted)
     jobs = [running_job(connection, worker, row) for row in rows]
     # RETURNING keeps no order.
