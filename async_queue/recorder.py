@@ -85,7 +85,10 @@ class Recorder:
 
     def _record_all(self, slot: int) -> list[Unrecorded]:
         """Record what is open now; return what has to be recorded by itself."""
-        batch = [self._open.popleft() for _ in range(len(self._open))]
+        batch: list[Unrecorded] = []
+        with suppress(IndexError):  # one whose thread waited no longer may have gone
+            for _ in range(len(self._open)):
+                batch.append(self._open.popleft())
         self._writing, self._began_at = len(batch), time.monotonic()
         try:
             recorded = self._write(batch, slot)

@@ -1,5 +1,6 @@
 """Jobs that write nothing are recorded together, and each of them on its own merits."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar, copy_context
 from functools import partial
@@ -289,6 +290,24 @@ def test_who_hangs_while_recording_keeps_few_and_nobody_for_long(
 
     assert set(ends.actions().values()) == {"succeed"}
     assert len(ends) == 20
+
+
+def test_run_that_is_taken_away_meanwhile_keeps_nobody_from_recording(
+    recorder: Recorder, ends: Ends
+) -> None:
+    class Shrinking(deque[Unrecorded]):
+        """One that has gone by the time that it would be taken."""
+
+        def __len__(self) -> int:
+            return super().__len__() + bool(super().__len__())
+
+    recorder._open = Shrinking()
+    first, second = claimed(2)
+
+    recorder.put(unrecorded(first))
+    recorder.put(unrecorded(second))
+
+    assert ends.actions() == {first.id: "succeed", second.id: "succeed"}
 
 
 def test_end_is_told_of_in_the_context_of_its_job(
