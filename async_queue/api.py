@@ -108,7 +108,11 @@ def deschedule(
 
     The job that calls this is not among them.
     """
-    path = function if isinstance(function, str) else callables.path_of(function)
+    path = (
+        str.__str__(function)
+        if isinstance(function, str)
+        else callables.path_of(function)
+    )
     order = _Order(using=using).checked()
     identity = codec.identity(path, *_encoded(args, kwargs))
     return cancel(Job.objects.using(order.using).live().filter(identity=identity))

@@ -39,7 +39,10 @@ def path_of(function: Callable[..., Any] | str) -> str:
 
     A path is checked by importing it. Raises InvalidFunction with the reason.
     """
-    path = function if isinstance(function, str) else written_path(function)
+    # Of a member of an enumeration, its value.
+    path = (
+        str.__str__(function) if isinstance(function, str) else written_path(function)
+    )
     if len(path) > MAX_PATH:
         raise InvalidFunction(f"function {path!r} has more than {MAX_PATH} characters.")
     try:

@@ -236,7 +236,7 @@ def _untag(value: Any) -> Any:
 
 def _framed(*parts: str) -> bytes:
     # With their lengths, in bytes, no two different lists of parts give the same bytes.
-    framed = "".join([f"{len(part)}:{part}" for part in parts])
+    framed = "".join([f"{len(part)}:" + part for part in parts])
     if framed.isascii():
         return framed.encode()
     encoded = [part.encode() for part in parts]

@@ -145,7 +145,7 @@ def _absorb(thread: int) -> None:
 
 
 # Never changed, but not frozen: to make one that is takes five times as long.
-@dataclass(slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class RunningJob:
     """A claimed job: the columns of its row that a run needs, as they were read.
 

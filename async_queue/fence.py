@@ -32,8 +32,8 @@ _CANNOT_COMMIT = (
 
 def transaction(connection: BaseDatabaseWrapper) -> AbstractContextManager[None]:
     """Return a transaction of the queue, begun at its turn; never inside another."""
-    is_usual = connection.autocommit or connection.in_atomic_block
-    if not is_usual and not connection.get_autocommit():
+    is_usual = connection.connection is not None and connection.autocommit
+    if not (is_usual or connection.in_atomic_block or connection.get_autocommit()):
         raise InsideTransaction(
             f"the database {connection.alias!r} has AUTOCOMMIT switched off, so that "
             "nothing would be committed: leave it on"

@@ -1,5 +1,6 @@
 import json
 from datetime import UTC, date, datetime, timedelta, timezone
+from enum import Enum
 
 import pytest
 from django.db import OperationalError, connection, transaction
@@ -335,6 +336,18 @@ def test_deschedule_cancels_the_live_jobs_of_exactly_this_call():
 
     assert {status_of(row) for row in wanted} == {Status.CANCELLED}
     assert {status_of(row) for row in others} == {Status.READY}
+
+
+class Paths(str, Enum):  # noqa: UP042
+    ADD = "tests.jobs.add"
+
+
+def test_member_of_an_enumeration_stands_for_its_value():
+    row = schedule(Paths.ADD, [1, 2])
+    assert deschedule(Paths.ADD, [1, 2]) == 1
+    assert row.function == "tests.jobs.add"
+    schedule(Paths.ADD, [1, 2])
+    assert execute_next().action == "succeed"
 
 
 def test_deschedule_does_not_mind_the_order_of_keywords():

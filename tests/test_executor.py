@@ -14,7 +14,7 @@ from django.http import HttpResponse
 from django.test import Client, override_settings
 from django.urls import path
 
-from async_queue import callables, hooks, intake, schedule, schedule_many
+from async_queue import callables, fence, hooks, intake, schedule, schedule_many
 from async_queue.db import libpq, vendor
 from async_queue.exceptions import ClaimLost, InsideTransaction, NotExecutable
 from async_queue.models import Attempt, Job, Status
@@ -642,6 +642,19 @@ def test_execute_by_hand_without_autocommit_is_refused() -> None:
     job.refresh_from_db()
     assert (job.status, job.attempt) == (Status.READY, 0)
     assert not Effect.objects.exists()
+
+
+def test_transaction_without_autocommit_is_refused_though_it_was_on_before() -> None:
+    with database_settings({}, AUTOCOMMIT=False):
+        own = connection.copy()
+        own.ensure_connection()
+        own.set_autocommit(True)
+        own.close_if_unusable_or_obsolete()  # as Django does between requests
+        assert own.connection is None
+
+        with pytest.raises(InsideTransaction, match="AUTOCOMMIT"):
+            fence.transaction(own)
+        own.close()
 
 
 def test_execute_by_hand_inside_a_job_is_refused() -> None:

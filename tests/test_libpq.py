@@ -11,10 +11,11 @@ from django.db.utils import (
     OperationalError,
 )
 
-from async_queue import executor, schedule, schedule_many
-from async_queue.db import libpq
+from async_queue import claims, executor, schedule, schedule_many
+from async_queue.db import libpq, private
 from async_queue.models import Job, Status
 from tests import jobs, misbehaving
+from tests.factories import WorkerFactory
 from tests.models import Effect
 from tests.stepping import (
     claim_next,
@@ -112,6 +113,19 @@ def test_statements_of_psycopg_and_of_the_queue_do_not_meet(
         flush()
 
     assert concluded == []
+
+
+def test_claim_is_never_prepared_for_it_would_keep_its_plan() -> None:
+    worker = WorkerFactory().pk
+    schedule_many((jobs.leave,) for _ in range(3))
+
+    with database_settings({"prepare_threshold": 0}), private("default") as own:
+        found = [claims.claim("default", worker, 1) for _ in range(3)]
+        with own.cursor() as cursor:
+            cursor.execute("SELECT count(*) FROM pg_prepared_statements")
+            assert cursor.fetchone() == (0,)
+
+    assert all(found)
 
 
 @pytest.mark.parametrize("sql", ["DEALLOCATE ALL", "DISCARD PLANS"])

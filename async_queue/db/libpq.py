@@ -130,7 +130,7 @@ def rows(connection: Any, sql: str, params: Sequence[Any]) -> list[Any]:
         connection.wrap_database_errors,
         Cursor(connection.connection, row_factory=tuple_row) as cursor,
     ):
-        return cursor.execute(sql, params, binary=True).fetchall()
+        return cursor.execute(sql, params, prepare=False, binary=True).fetchall()
 
 
 def pairs(
