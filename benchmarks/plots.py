@@ -152,7 +152,7 @@ def _curves(
     axes.set_ylabel(unit)
     if is_log:
         axes.set_xscale("log")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     _finish(figure, axes, title, label, path)
 
 
