@@ -5,13 +5,14 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from threading import Thread
 from typing import Any
+from unittest.mock import patch
 
 from django.db import connection, connections
 
 from async_queue import claims, executor
 from async_queue.bounds import Bounds
 from async_queue.context import RunningJob
-from async_queue.db import vendor
+from async_queue.db import libpq, vendor
 from async_queue.models import Attempt, Job
 from async_queue.outcomes import Outcome
 from async_queue.places import Place, seated
@@ -94,6 +95,18 @@ def database_settings(options: dict[str, Any], **changes: Any) -> Iterator[None]
     finally:
         connection.close()
         settings.update(kept)
+
+
+@contextmanager
+def wrapped(wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Pass all statements to the wrapper, also those that go past Django's cursors."""
+    rows = libpq.rows
+
+    def pass_on(connection: Any, sql: str, params: Any) -> Any:
+        return wrapper(lambda *_: rows(connection, sql, params), sql, params, False, {})
+
+    with connection.execute_wrapper(wrapper), patch.object(libpq, "rows", pass_on):
+        yield
 
 
 @contextmanager

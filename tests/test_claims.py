@@ -1,17 +1,15 @@
-from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
-from unittest.mock import patch
 
 import pytest
 from django.db import OperationalError, connection, transaction
 
 from async_queue import claims, maintenance
-from async_queue.db import libpq, vendor
+from async_queue.db import vendor
 from async_queue.models import Job, Status
 from async_queue.statements import Selection
 from tests.factories import JobFactory, WorkerFactory, now
-from tests.stepping import elsewhere
+from tests.stepping import elsewhere, wrapped
 
 pytestmark = pytest.mark.django_db
 remembers = pytest.mark.skipif(
@@ -194,18 +192,6 @@ class Interference:
             self.left -= 1
             raise self.error
         return execute(sql, *rest)
-
-
-@contextmanager
-def wrapped(wrapper):
-    """Pass all statements to the wrapper, also those that go past Django's cursors."""
-    rows = libpq.rows
-
-    def pass_on(connection, sql, params):
-        return wrapper(lambda *sent: rows(connection, sql, params), sql, params)
-
-    with connection.execute_wrapper(wrapper), patch.object(libpq, "rows", pass_on):
-        yield
 
 
 def transient_error():

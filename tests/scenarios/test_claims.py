@@ -17,7 +17,7 @@ from async_queue.threads import ThreadPoolExecutor
 from tests.factories import JobFactory, WorkerFactory, now
 from tests.figures import figure
 from tests.long import long
-from tests.stepping import elsewhere
+from tests.stepping import elsewhere, wrapped
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -61,7 +61,7 @@ def plan_of(action):
         sent.append((sql, params))
         return execute(sql, params, many, context)
 
-    with transaction.atomic(), connection.execute_wrapper(note):
+    with transaction.atomic(), wrapped(note):
         action()
         transaction.set_rollback(True)
     sql, params = next(each for each in sent if "ORDER BY" in each[0])
