@@ -13,7 +13,7 @@ from django.db.backends.signals import connection_created
 
 from async_queue import cancel, hooks, schedule, worker
 from async_queue.context import RunningJob
-from async_queue.db import vendor
+from async_queue.db import libpq, vendor
 from async_queue.exceptions import InsideTransaction
 from async_queue.keeper import Keeper
 from async_queue.models import Attempt, Job, Status, Worker
@@ -583,6 +583,11 @@ def test_idle_worker_sends_the_database_one_statement_with_each_beat(
     def listen_in(*, connection, **signal):
         connection.execute_wrappers.append(record)
 
+    def claim(connection, sql, params, rows=libpq.rows):
+        sent.append(sql)
+        return rows(connection, sql, params)
+
+    monkeypatch.setattr(libpq, "rows", claim)  # past Django's cursors
     connection_created.connect(listen_in)
     try:
         with hooks.at("after_beat", lambda: counts.append(len(sent))):
