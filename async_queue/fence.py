@@ -32,6 +32,7 @@ _CANNOT_COMMIT = (
 
 def transaction(connection: BaseDatabaseWrapper) -> AbstractContextManager[None]:
     """Return a transaction of the queue, begun at its turn; never inside another."""
+    # What a connection that is closed remembers counts for nothing.
     is_usual = connection.connection is not None and connection.autocommit
     if not (is_usual or connection.in_atomic_block or connection.get_autocommit()):
         raise InsideTransaction(

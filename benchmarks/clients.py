@@ -29,7 +29,8 @@ def measure(run: Run) -> None:
     """Measure, where there is such a thing as NOTIFY.
 
     Workers are busy with jobs that take 10 ms; or they idle until the first job comes;
-    or they serve another queue, so that they idle all the time.
+    or they serve another queue, so that they idle all the time. The quick way, only the
+    first of these.
     """
     if run.vendor != "postgres":
         return

@@ -12,7 +12,10 @@ _ROWS = (1_000, 10_000, 100_000, 1_000_000)  # of each kind of `claims.BESIDE`
 
 
 def measure(run: Run) -> None:
-    """Measure jobs in 1 to 1,000 queues, then claims beside 1,000 rows to all."""
+    """Measure jobs in 1 to 1,000 queues, then claims beside 1,000 rows to all.
+
+    The quick way, only the first two steps of each.
+    """
     names = ["async_queue", *QUEUES.values()]
     most = 2 if run.is_quick else None
     subjects = {name: partial(_rate, run, SYSTEMS[name]) for name in names[:most]}

@@ -177,10 +177,11 @@ class Vendor(ABC):
         return self.change(connection, sql, params)
 
     def take(self, connection: Any, sql: str, params: list[Any]) -> list[Any]:
-        """Send a statement that changes rows; return those that it returns."""
-        with connection.cursor() as cursor:
-            cursor.execute(sql, params)
-            return cursor.fetchall()  # type: ignore[no-any-return]
+        """Send a statement that claims; return the rows that it returns.
+
+        Only where `claims_in_one_statement`.
+        """
+        raise NotImplementedError
 
     def change_many(
         self, connection: BaseDatabaseWrapper, sql: str, arrays: tuple[list[Any], ...]
