@@ -1,4 +1,4 @@
-"""What is sent for each job on PostgreSQL, past Django's cursors: claim and transaction.
+"""What is sent for each job on PostgreSQL past Django's cursors, claim to COMMIT.
 
 Django's and psycopg's cursors take three times the CPU of a message. What psycopg has
 below them is there for this: https://www.psycopg.org/psycopg3/docs/api/pq.html
