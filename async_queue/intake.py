@@ -20,7 +20,7 @@ from async_queue.statements import Selection
 _AHEAD = 0.05
 _PREFETCH = 32
 # Where jobs exclude each other: what waits behind a long one is not given back.
-_IN_LINE = 8
+_IN_LINE = 32
 _REMEMBERED = 32  # of the latest runs
 # Seconds in which no job ends or comes, and those that wait for a thread are others'.
 _STUCK = 1.0

@@ -64,9 +64,9 @@ def test_room_is_for_idle_threads_as_long_as_no_job_has_run():
         (1, LONG, 1),
         (2, LONG, 0),
         (0, 0.01, 5),
-        (0, 0.0, 8),
-        (4, 0.0, 4),
-        (5, 0.0, 0),
+        (0, 0.0, 32),
+        (16, 0.0, 16),
+        (17, 0.0, 0),
     ],
 )
 def test_room_where_one_runs_at_a_time_is_for_it_and_the_next_ones(

@@ -3,10 +3,11 @@
 import os
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from threading import Condition, Timer, get_ident
+from threading import Lock, Timer, get_ident
 
 from django.db.utils import OperationalError
 
@@ -18,6 +19,9 @@ except ImportError:  # Windows, where one process at a time may work
 HAS_PROCESSES = fcntl is not None
 _LINE = 0  # the byte of whoever writes; workers' numbers start at 1
 _PAUSES = (0.001, 0.02)  # seconds, from first to longest, between two looks at it
+# Seconds after which who waits comes before threads that have not waited at all. Those
+# need nobody to be woken, and so are far faster.
+_LONG = 0.01
 # Seconds, at most, for which a turn is kept for whoever has taken it away: longer
 # than it takes to end the session that had it.
 _KEPT = 2.0
@@ -28,6 +32,16 @@ class Place:
 
     # The thread that takes this turn over as soon as it has something to write.
     heir: int | None = None
+    # While it waits: since when, by the monotonic clock, and for this to be released.
+    since = 0.0
+    word: Lock
+
+    def wait(self, seconds: float | None) -> None:
+        self.word.acquire(timeout=-1 if seconds is None else max(0.0, seconds))
+
+    def wake(self) -> None:
+        with suppress(RuntimeError):  # it was, and has not noticed yet
+            self.word.release()
 
 
 class SideFile:
@@ -47,7 +61,8 @@ class SideFile:
         self._mine: set[int] = set()
         # Whose turn it is to write; the byte is his, or he is waiting for it.
         self._writer: Place | None = None
-        self._changed = Condition()
+        self._waiting: deque[Place] = deque()
+        self._lock = Lock()
 
     @contextmanager
     def line(self, place: Place, deadline: float | None) -> Iterator[None]:
@@ -60,18 +75,26 @@ class SideFile:
 
     def leave(self, place: Place) -> None:
         """Let the next one write, unless it is no longer this one's turn anyway."""
-        with self._changed:
-            if self._writer is place:
-                self._unlock(_LINE)
-                self._writer = None
-                self._changed.notify_all()
+        with self._lock:
+            if self._writer is not place:
+                return
+            self._unlock(_LINE)
+            self._writer = None
+            self._wake_first()
+
+    def _wake_first(self) -> None:
+        if self._waiting:
+            first = self._waiting[0]
+            if time.monotonic() - first.since > _LONG:
+                self._writer = first
+            first.wake()
 
     def inherit(self, place: Place) -> None:
         """Take the turn away from a thread that hangs, for what this one writes next.
 
         Nobody comes between, of other processes neither.
         """
-        with self._changed:
+        with self._lock:
             if self._writer is not place:
                 return
             self._writer = kept = Place()
@@ -82,17 +105,42 @@ class SideFile:
             later.start()
 
     def _enter(self, place: Place, deadline: float | None) -> None:
-        left = None if deadline is None else deadline - time.monotonic()
-        with self._changed:
-            if not self._changed.wait_for(self._is_free, left):
-                raise busy("another thread writes to the database")
-            self._writer = place
         try:
+            if not self._comes_first(place):
+                self._wait(place, deadline)
             self._lock_line(deadline)
             self._check(place)
         except BaseException:
             self.leave(place)
             raise
+
+    def _comes_first(self, place: Place) -> bool:
+        with self._lock:
+            if self._is_free():
+                self._writer = place
+                return True
+            place.since, place.word = time.monotonic(), Lock()
+            place.word.acquire()
+            self._waiting.append(place)
+            return False
+
+    def _wait(self, place: Place, deadline: float | None) -> None:
+        try:
+            while True:
+                left = None if deadline is None else deadline - time.monotonic()
+                place.wait(left)
+                with self._lock:
+                    if self._is_free():
+                        self._writer = place
+                    if self._writer is place:
+                        return
+                if left is not None and left <= 0:
+                    raise busy("another thread writes to the database")
+        finally:
+            with self._lock:
+                self._waiting.remove(place)
+                if self._writer is None:
+                    self._wake_first()
 
     def _is_free(self) -> bool:
         return self._writer is None or self._writer.heir == get_ident()
@@ -111,7 +159,7 @@ class SideFile:
 
     def _check(self, place: Place) -> None:
         """Raise if the place was taken away while its thread waited for the byte."""
-        with self._changed:
+        with self._lock:
             if self._writer is place:
                 return
             # It has come all the same; another thread may count on it already.
