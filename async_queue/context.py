@@ -26,8 +26,12 @@ class Report(NamedTuple):
     note: str = ""
 
 
+def _is_not_followed(has_sent: bool) -> bool:
+    return False
+
+
 class Control:
-    """What passes between a run and the keeper that watches over it."""
+    """What passes between a run, its thread and the keeper that watches over it."""
 
     def __init__(self) -> None:
         # Moments by the monotonic clock: when the function was called, and when it
@@ -38,6 +42,8 @@ class Control:
         self.is_atomic = True
         # The place among the worker's threads.
         self.slot = 0
+        # Tells whether the thread is about to run another job that sends statements.
+        self.is_followed: Callable[[bool], bool] = _is_not_followed
         # Why the run is over, for whoever asks; and whether it was ended from outside,
         # so that its thread has nothing to record any more.
         self.cause: JobStopped | None = None

@@ -6,6 +6,7 @@ nor do without a thread that never returns.
 """
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import copy_context
@@ -16,13 +17,18 @@ from typing import Protocol
 from django.db import connections
 
 from async_queue.context import RunningJob
-from async_queue.db import keep_connection, vendor
+from async_queue.db import end_ahead, keep_connection, vendor
 from async_queue.exceptions import WorkerStopping
 from async_queue.threads import Thread, refresh_connections
 
 logger = logging.getLogger("async_queue")
 
 Run = Callable[[RunningJob], None]
+
+# With more than so many jobs at hand a thread that is done has the next one at once.
+_PLENTY = 8
+# Seconds for which a job that has sent no statements lets others be expected like it.
+_ALIKE = 1.0
 
 
 class Crew(Protocol):
@@ -138,6 +144,7 @@ class _JobThread(Thread):
         self._jobs = jobs
         self._run_job = run
         self._is_eager = is_eager
+        self._sent_nothing_at = -_ALIKE
         self.job: RunningJob | None = None
         self.is_lost = False
 
@@ -145,8 +152,15 @@ class _JobThread(Thread):
         keep_connection(self._alias)
         if self._is_eager:
             self._connect()
+        try:
+            self._run_jobs()
+        finally:
+            self._end_ahead()
+
+    def _run_jobs(self) -> None:
         while not self.is_lost and (job := self._next()) is not None:
             job.control.slot = self._slot
+            job.control.is_followed = self._is_followed
             self.job = job
             try:
                 # What a job leaves in the context is not the next one's.
@@ -157,6 +171,17 @@ class _JobThread(Thread):
             finally:
                 self.job = None
                 refresh_connections()
+
+    def _is_followed(self, has_sent: bool) -> bool:
+        now = time.monotonic()
+        if not has_sent:
+            self._sent_nothing_at = now
+        has_plenty = self._jobs.qsize() > _PLENTY
+        return has_plenty and now - self._sent_nothing_at > _ALIKE
+
+    def _end_ahead(self) -> None:
+        with suppress(Exception):  # the database is away, and nothing is open there
+            end_ahead(connections[self._alias])
 
     def _connect(self) -> None:
         connection = connections[self._alias]
@@ -169,6 +194,7 @@ class _JobThread(Thread):
         try:
             return self._jobs.get_nowait()
         except Empty:
+            self._end_ahead()
             job = self._jobs.get()
             refresh_connections()  # which may have become stale meanwhile
             return job

@@ -15,7 +15,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 
 from async_queue import codec, hooks, statements
 from async_queue.context import RunningJob
-from async_queue.db import Vendor, vendor
+from async_queue.db import Vendor, is_begun_ahead, vendor
 from async_queue.exceptions import (
     ClaimLost,
     InsideTransaction,
@@ -32,14 +32,15 @@ _CANNOT_COMMIT = (
 
 def transaction(connection: BaseDatabaseWrapper) -> AbstractContextManager[None]:
     """Return a transaction of the queue, begun at its turn; never inside another."""
+    facts = vendor(connection)
     # What a connection that is closed remembers counts for nothing.
-    is_usual = connection.connection is not None and connection.autocommit
+    is_there = connection.connection is not None or is_begun_ahead(connection)
+    is_usual = is_there and connection.autocommit
     if not (is_usual or connection.in_atomic_block or connection.get_autocommit()):
         raise InsideTransaction(
             f"the database {connection.alias!r} has AUTOCOMMIT switched off, so that "
             "nothing would be committed: leave it on"
         )
-    facts = vendor(connection)
     block = facts.block(connection)
     if not facts.runs_one_job_at_a_time:
         return block
@@ -58,12 +59,14 @@ class Returned(NamedTuple):
     """What a function has returned, and how it is stored.
 
     It ``is_empty`` when its transaction holds nothing, and has nothing to do once it
-    has committed; so that it does not matter when the success is recorded.
+    has committed; so that it does not matter when the success is recorded. ``has_sent``
+    tells whether it has sent statements through Django.
     """
 
     value: Any
     result: str | None
     is_empty: bool
+    has_sent: bool
 
 
 def perform(
@@ -95,7 +98,7 @@ def perform(
         and not connection.run_on_commit
         and not facts.is_in_transaction(connection)
     )
-    return Returned(value, _encoded(value), is_empty)
+    return Returned(value, _encoded(value), is_empty, guard.has_sent)
 
 
 def perform_outside(
@@ -136,11 +139,13 @@ def pass_fence(
     result: str | None,
     *,
     commits: bool = True,
+    begins_next: bool = False,
 ) -> None:
     """Make the job SUCCESSFUL in the open transaction, or raise ClaimLost.
 
     If it ``commits``, that is committed, too, where the database can be told both at
-    once. In the main thread Ctrl-C would not be heard meanwhile.
+    once; and the next one is begun, if it ``begins_next``. In the main thread Ctrl-C
+    would not be heard meanwhile.
     """
     hooks.point("before_fence")
     _shield_hooks(connection, job)
@@ -148,7 +153,9 @@ def pass_fence(
     is_outermost = not connection.savepoint_ids
     commits = commits and is_outermost and not hooks.is_watched("after_fence")
     try:
-        stands = statements.finish(connection, job, result, commits=commits)
+        stands = statements.finish(
+            connection, job, result, commits=commits, begins_next=begins_next
+        )
     except InternalError as error:
         raise TransactionBroken(
             f"job {job.id} caught an error of a cursor of its own, so {_CANNOT_COMMIT}"

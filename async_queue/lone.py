@@ -14,6 +14,7 @@ from django.db import connections
 
 from async_queue import codec, executor, outcomes, processes, statements
 from async_queue.context import RunningJob
+from async_queue.db import end_ahead
 from async_queue.exceptions import JobStopped, WorkerCrashed
 from async_queue.models import Job, Status
 from async_queue.outcomes import Outcome
@@ -34,6 +35,8 @@ _ACTIONS = {
 def execute_alone(job: RunningJob) -> Outcome:
     """Run a claimed job in a process of its own; return its outcome, as recorded."""
     job.control.timeout = _timeout(job)
+    # That may be for long.
+    end_ahead(connections[job.alias])
     try:
         process = processes.start(
             "async_queue.lone:main",

@@ -169,10 +169,13 @@ class Vendor(ABC):
             cursor.execute(sql, params)
             return bool(cursor.rowcount == 1)
 
-    def conclude(self, connection: BaseDatabaseWrapper, sql: str, params: Any) -> bool:
+    def conclude(
+        self, connection: BaseDatabaseWrapper, sql: str, params: Any, begins_next: bool
+    ) -> bool:
         """Do the same, and commit if so, where one message can say both.
 
-        Without such a row the caller has to roll back.
+        It also ``begins_next``, where that message can say that, too. Without such a
+        row the caller has to roll back.
         """
         return self.change(connection, sql, params)
 

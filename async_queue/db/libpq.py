@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.transaction import Atomic
 
 # Seconds for which a statement is used as the server has planned it: the table may have
 # been empty then, and is read as a whole.
@@ -61,59 +60,18 @@ def _is_busy(driver: Any) -> bool:
     return bool(has_block or driver.pgconn.pipeline_status)
 
 
-class Block(Atomic):
-    """The outermost atomic() of a session, at a third of the cost while all is well.
-
-    Django's own does whatever is out of the ordinary: the end of what is not committed
-    yet, such as after an error.
-    """
-
-    def __init__(self, connection: Any) -> None:
-        super().__init__(connection.alias, savepoint=True, durable=True)
-        self._connection = connection
-
-    def __enter__(self) -> None:
-        connection = self._connection
-        driver = connection.connection
-        is_usual = connection.autocommit and not connection.health_check_enabled
-        if driver is None or connection.in_atomic_block or not is_usual:
-            return super().__enter__()
-        with connection.wrap_database_errors:
-            driver.autocommit = False
-        connection.autocommit = False
-        connection.commit_on_exit = True
-        connection.needs_rollback = False
-        connection.in_atomic_block = True
-        connection.atomic_blocks.append(self)
-        return None
-
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        connection = self._connection
-        driver = connection.connection
-        has_failed = kind is not None or connection.needs_rollback or driver is None
-        is_outermost = connection.in_atomic_block and not connection.savepoint_ids
-        # Then it was committed by `conclude`, or nothing was ever sent: whoever ended
-        # it in another way has been found out, and has failed.
-        if has_failed or not is_outermost or not _is_idle(driver):
-            return super().__exit__(kind, error, traceback)
-        connection.atomic_blocks.pop()
-        connection.in_atomic_block = False
-        connection.errors_occurred = False
-        driver.autocommit = True
-        connection.autocommit = True
-        if connection.run_on_commit:
-            connection.run_and_clear_commit_hooks()
-        return None
-
-
 def begin(connection: BaseDatabaseWrapper) -> None:
     """Begin a transaction as psycopg is about to, unless it has more to say there."""
     driver = connection.connection
-    has_more = (driver.isolation_level, driver.read_only, driver.deferrable) != _NOTHING
-    if has_more or driver.autocommit or not _is_idle(driver) or _is_busy(driver):
-        return
-    with connection.wrap_database_errors:
-        _checked(connection, driver.pgconn.exec_(b"BEGIN"))
+    is_usual = begins_plainly(driver) and not driver.autocommit
+    if is_usual and is_idle(driver) and not _is_busy(driver):
+        with connection.wrap_database_errors:
+            _checked(connection, driver.pgconn.exec_(b"BEGIN"))
+
+
+def begins_plainly(driver: Any) -> bool:
+    """Tell whether psycopg has nothing more to say where it begins a transaction."""
+    return (driver.isolation_level, driver.read_only, driver.deferrable) == _NOTHING
 
 
 def rows(connection: Any, sql: str, params: Sequence[Any]) -> list[Any]:
@@ -147,31 +105,39 @@ def pairs(
 
 
 def conclude(
-    connection: BaseDatabaseWrapper, sql: str, text: str | None, *numbers: int
+    connection: BaseDatabaseWrapper, sql: str, params: Any, begins_next: bool
 ) -> bool:
     """Change one row by the UPDATE, and commit what is open, in one message.
 
-    False if there is no such row: then what is open has failed.
+    Its parameters are a text, and numbers. False if there is no such row: then what is
+    open has failed. If it ``begins_next``, the next transaction is open afterwards.
     """
     driver = connection.connection
+    text, *numbers = params
     name = _prepare(connection, _failing(sql))
     message = b"EXECUTE %b(%b, %b)" % (name, _literal(driver, text), _list(numbers))
-    was_idle = _is_idle(driver)
+    was_idle = is_idle(driver)
     if not was_idle:
-        message += b"; COMMIT"
+        message += b"; COMMIT; BEGIN" if begins_next else b"; COMMIT"
     with connection.wrap_database_errors:
         answer = driver.pgconn.exec_(message)
         # An error of the COMMIT leaves no transaction; one of what stands before it
         # leaves all as it was: a transaction that can only be rolled back, or none.
-        has_refused = answer.status not in _DONE and was_idle == _is_idle(driver)
+        has_refused = answer.status not in _DONE and was_idle == is_idle(driver)
         if has_refused and _state(answer) == _DIVISION_BY_ZERO:
             return False
         _checked(connection, answer)
     return True
 
 
-def _is_idle(driver: Any) -> bool:
+def is_idle(driver: Any) -> bool:
+    """Tell whether no transaction is open."""
     return bool(driver.pgconn.transaction_status == _IDLE)
+
+
+def is_open(driver: Any) -> bool:
+    """Tell whether a transaction is open that has not failed."""
+    return bool(driver.pgconn.transaction_status == _OPEN)
 
 
 def _prepare(connection: BaseDatabaseWrapper, sql: str) -> bytes:

@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import Error, InterfaceError, OperationalError
 
-from async_queue.db import libpq
+from async_queue.db import block, libpq
 from async_queue.db.base import (
     PRIVATE,
     Concern,
@@ -36,8 +36,8 @@ _UNKNOWN_SETTING = ("42704", "22023")  # for this version, for this platform
 _CONNECTION = "08"
 # The server stops, starts or has ended this session: by hand, for it was idle or late.
 _ENDED = ("57P01", "57P02", "57P03", "57P04", "57P05", "25P03", "25P04", "53300")
-# Of libpq's transaction states: none, one at work, one that waits, one that has failed.
-_IDLE, _OPEN = 0, (1, 2, 3)
+# Of libpq's transaction states: one at work, one that waits, one that has failed.
+_OPEN = (1, 2, 3)
 
 # Of libpq, for a server that does not answer: TCP itself would wait for 15 minutes.
 _PATIENCE = {
@@ -179,24 +179,26 @@ class PostgreSQL(Vendor):
         driver = connection.connection
         if driver is None or not has_sent:
             return True
-        return bool(driver.pgconn.transaction_status != _IDLE)
+        return not libpq.is_idle(driver)
 
     def is_in_transaction(self, connection: BaseDatabaseWrapper) -> bool:
         driver = connection.connection
         return driver is not None and driver.pgconn.transaction_status in _OPEN
 
     def block(self, connection: BaseDatabaseWrapper) -> AbstractContextManager[None]:
-        return libpq.Block(connection)
+        return block.Block(connection)
 
     def begin(self, connection: BaseDatabaseWrapper) -> None:
         if connection.connection is not None:
             libpq.begin(connection)
 
-    def conclude(self, connection: BaseDatabaseWrapper, sql: str, params: Any) -> bool:
+    def conclude(
+        self, connection: BaseDatabaseWrapper, sql: str, params: Any, begins_next: bool
+    ) -> bool:
         is_prepared = self._keeps_statements(connection)
         if is_prepared and libpq.may_conclude(connection.connection):
-            return libpq.conclude(connection, sql, *params)
-        return super().conclude(connection, sql, params)
+            return block.conclude(connection, sql, params, begins_next)
+        return super().conclude(connection, sql, params, begins_next)
 
     def take(self, connection: Any, sql: str, params: list[Any]) -> list[Any]:
         return libpq.rows(connection, sql, params)
@@ -279,8 +281,7 @@ class PostgreSQL(Vendor):
 
     def mark_transaction(self, connection: BaseDatabaseWrapper, worker: int) -> Any:
         sql = "SELECT pg_backend_pid(), pg_advisory_xact_lock_shared(%s, %s)"
-        number = scalar(connection, sql, (_SESSIONS, _signed(worker)))
-        return Session(number, worker)
+        return Session(scalar(connection, sql, (_SESSIONS, _signed(worker))), worker)
 
     def session_of(self, connection: BaseDatabaseWrapper) -> Any:
         driver = connection.connection

@@ -17,17 +17,20 @@ def finish(
     result: str | None,
     *,
     commits: bool = False,
+    begins_next: bool = False,
 ) -> bool:
     """Make ``job`` SUCCESSFUL if its claim still stands; tell whether it did.
 
     This is the fence: sent in the job's own transaction, it commits with its effects.
     With ``commits`` it also commits that transaction, where one message can say both;
-    if the claim is lost, the caller has to roll back.
+    if the claim is lost, the caller has to roll back. With ``begins_next`` it also
+    begins the transaction of the job that follows, if that message can say it, too.
     """
     facts = vendor(connection)
-    change = facts.conclude if commits else facts.change
-    params = (result, job.id, job.worker, job.attempt)
-    return change(connection, _finish_sql(facts), params)
+    sql, params = _finish_sql(facts), (result, job.id, job.worker, job.attempt)
+    if commits:
+        return facts.conclude(connection, sql, params, begins_next)
+    return facts.change(connection, sql, params)
 
 
 @lru_cache

@@ -1,0 +1,436 @@
+"""BEGIN goes with the COMMIT before it, and nobody else comes into what it begins."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+from django.db import connection, connections, transaction
+from django.db.utils import Error
+
+from async_queue import claims, crew, executor, lone, processes, schedule, schedule_many
+from async_queue.db import block, end_ahead, is_begun_ahead, libpq
+from async_queue.decorators import job
+from async_queue.models import Job, Status
+from async_queue.signals import job_finished, job_started
+from async_queue.worker import Worker
+from tests import jobs, misbehaving
+from tests.factories import WorkerFactory
+from tests.models import Effect
+from tests.stepping import database_settings, elsewhere, flush
+from tests.test_crew import claimed
+
+pytestmark = [
+    pytest.mark.django_db(transaction=True),
+    pytest.mark.skipif(connection.vendor != "postgresql", reason="libpq's database"),
+]
+
+SET_SERIALIZABLE = "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Expect a job to follow each that writes; note which transactions did so."""
+    taken_up: list[bool] = []
+    take_up = block._take_up
+
+    def note(connection: Any) -> bool:
+        taken_up.append(take_up(connection))
+        return taken_up[-1]
+
+    expect = crew._JobThread
+    monkeypatch.setattr(expect, "_is_followed", lambda thread, has_sent: has_sent)
+    monkeypatch.setattr(block, "_take_up", note)
+    return taken_up
+
+
+@pytest.fixture
+def after_each() -> Iterator[list[Any]]:
+    """What is called when a job has finished."""
+    calls: list[Any] = []
+
+    def call_all(**kwargs: Any) -> None:
+        for call in calls:
+            call()
+
+    job_finished.connect(call_all)
+    yield calls
+    job_finished.disconnect(call_all)
+
+
+def run(*calls: Any) -> Counter[str]:
+    """Run the jobs one after the other in a thread; count their outcomes."""
+    rows = schedule_many(call if isinstance(call, tuple) else (call,) for call in calls)
+    claimed = claims.claim("default", WorkerFactory().pk, len(rows))
+    assert [job.id for job in claimed] == [row.pk for row in rows]
+    waiting: SimpleQueue[Any] = SimpleQueue()
+    for each in (*claimed, None):
+        waiting.put(each)
+    outcomes: Counter[str] = Counter()
+
+    def execute(job: Any) -> None:
+        outcomes[executor.execute(job).action] += 1
+
+    thread = crew._JobThread("default", 1, waiting, execute, False)
+    thread.start()
+    thread.join(20)
+    return outcomes
+
+
+def labels() -> list[str]:
+    return list(Effect.objects.order_by("id").values_list("label", flat=True))
+
+
+def leave(label: str) -> tuple[Any, list[str]]:
+    return jobs.leave, [label]
+
+
+def test_jobs_that_write_follow_in_transactions_that_are_there(
+    ahead: list[bool],
+) -> None:
+    assert run(leave("a"), leave("b"), leave("c")) == {"succeed": 3}
+
+    assert labels() == ["a", "b", "c"]
+    assert ahead == [False, True, True]
+
+
+def test_jobs_that_fail_take_nothing_with_them(ahead: list[bool]) -> None:
+    fail = (jobs.leave_then_fail, ["fails"])
+
+    assert run(leave("a"), fail, leave("b"), fail) == {"succeed": 2, "retry": 2}
+
+    assert labels() == ["a", "b"]
+    assert ahead.count(True) == 2
+
+
+def test_what_receivers_write_between_two_jobs_stays(
+    ahead: list[bool], after_each: list[Any]
+) -> None:
+    after_each.append(lambda: Effect.objects.create(label="told"))
+
+    run(leave("a"), (jobs.leave_then_fail, ["fails"]), leave("b"))
+
+    assert labels() == ["a", "told", "told", "b", "told"]
+    assert True not in ahead
+
+
+def test_what_receivers_write_in_a_block_of_theirs_stays(
+    ahead: list[bool], after_each: list[Any]
+) -> None:
+    def tell() -> None:
+        with transaction.atomic():
+            Effect.objects.create(label="told")
+
+    after_each.append(tell)
+
+    run(leave("a"), jobs.leave_then_fail)
+
+    assert labels() == ["a", "told", "told"]
+
+
+def test_receivers_of_a_start_write_outside_of_the_transaction(
+    ahead: list[bool],
+) -> None:
+    def tell(**kwargs: Any) -> None:
+        Effect.objects.create(label="starts")
+
+    job_started.connect(tell)
+    try:
+        run(leave("a"), (jobs.leave_then_fail, ["fails"]))
+    finally:
+        job_started.disconnect(tell)
+
+    assert labels() == ["starts", "a", "starts"]
+
+
+def write_when_committed() -> None:
+    jobs.leave("before")
+    transaction.on_commit(lambda: jobs.leave("hook"))
+
+
+def test_what_hooks_write_after_the_commit_stays(ahead: list[bool]) -> None:
+    run(write_when_committed, jobs.leave_then_fail)
+
+    assert labels() == ["before", "hook"]
+
+
+@job(atomic=False, max_attempts=1)
+def leave_and_fail_outside() -> None:
+    jobs.leave("outside")
+    raise ValueError("as intended")
+
+
+def test_a_job_that_is_not_atomic_writes_outside_of_it(ahead: list[bool]) -> None:
+    assert run(leave("a"), leave_and_fail_outside) == {"succeed": 1, "fail": 1}
+
+    assert labels() == ["a", "outside"]
+
+
+def leave_as_serializable() -> None:
+    misbehaving.execute(SET_SERIALIZABLE)
+    jobs.leave("serializable")
+
+
+def leave_isolation() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW transaction_isolation")
+        jobs.leave(*cursor.fetchone())
+
+
+def test_nothing_goes_on_but_the_session(ahead: list[bool]) -> None:
+    run(leave("a"), leave_as_serializable, leave_isolation)
+
+    assert labels() == ["a", "serializable", "read committed"]
+    assert ahead == [False, True, True]
+
+
+def test_a_job_that_sends_nothing_in_it_succeeds(ahead: list[bool]) -> None:
+    assert run(leave("a"), (jobs.add, [1, 2]), leave("b")) == {"succeed": 3}
+
+    assert labels() == ["a", "b"]
+    assert Job.objects.get(function="tests.jobs.add").return_value == 3
+    assert ahead == [False, True, False]
+
+
+def write_through_driver() -> None:
+    connection.connection.execute("INSERT INTO tests_effect (label) VALUES ('driver')")
+
+
+def test_what_a_job_writes_past_django_in_it_commits(ahead: list[bool]) -> None:
+    assert run(leave("a"), write_through_driver) == {"succeed": 2}
+
+    assert labels() == ["a", "driver"]
+
+
+def test_a_session_that_ends_between_two_jobs_costs_neither(
+    ahead: list[bool], after_each: list[Any]
+) -> None:
+    ended: list[int] = []
+
+    def end_once() -> None:
+        if not ended:
+            (number,) = sessions_in_transaction()
+            ended.append(number)
+            end(number)
+
+    # They ask on connections of their own.
+    after_each.append(lambda: elsewhere(end_once).result(10))
+
+    run(leave("a"), leave("b"))
+    flush()
+
+    assert ended
+    assert labels() == ["a", "b"]
+    assert set(Job.objects.values_list("status", "failures")) == {
+        (Status.SUCCESSFUL, 0)
+    }
+
+
+def sessions_in_transaction() -> list[int]:
+    """Return the numbers of the sessions that wait in one, but for this one."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT pid FROM pg_stat_activity WHERE datname = current_database() "
+            "AND state = 'idle in transaction' AND pid <> pg_backend_pid()"
+        )
+        return [number for (number,) in cursor.fetchall()]
+
+
+def end(number: int) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [number])
+
+
+def test_a_thread_that_has_nothing_to_do_holds_no_transaction(
+    ahead: list[bool], wait_until: Any
+) -> None:
+    worker = Worker(threads=2)
+    worker.start()
+    try:
+        schedule_many((jobs.leave,) for _ in range(20))
+        wait_until(lambda: Effect.objects.count() == 20)
+        wait_until(lambda: not sessions_in_transaction())
+    finally:
+        worker.stop()
+        worker.join()
+
+    assert True in ahead
+
+
+def test_a_session_that_ends_before_nothing_follows_is_opened_anew(
+    ahead: list[bool], after_each: list[Any], wait_until: Any
+) -> None:
+    after_each.append(
+        lambda: elsewhere(lambda: [*map(end, sessions_in_transaction())]).result(10)
+    )
+    worker = Worker(threads=1)
+    worker.start()
+    try:
+        for expected in (1, 2):
+            schedule(jobs.leave)
+            wait_until(lambda expected=expected: Effect.objects.count() == expected)
+    finally:
+        worker.stop()
+        worker.join()
+
+    assert set(Job.objects.values_list("status", "failures")) == {
+        (Status.SUCCESSFUL, 0)
+    }
+
+
+@pytest.fixture
+def begun(ahead: list[bool]) -> Any:
+    """This thread's connection, as a job has left it that another is to follow."""
+    mine = connections["default"]
+    conclude_one(mine)
+    yield mine
+    end_ahead(mine)
+
+
+def conclude_one(mine: Any, close_at: float | None = None) -> None:
+    jobs.leave("other")
+    mine.close_at = close_at
+    with block.Block(mine):
+        jobs.leave("kept")
+        conclude(mine, "done")
+
+
+def conclude(mine: Any, label: str) -> None:
+    sql = "UPDATE tests_effect SET label = %s WHERE label <> 'kept' AND 1 = %s"
+    assert block.conclude(mine, sql, (label, 1), begins_next=True)
+
+
+def test_whoever_comes_between_gets_the_session_without_the_transaction(
+    begun: Any,
+) -> None:
+    assert begun.connection is None
+    (number,) = elsewhere(sessions_in_transaction).result(10)
+
+    assert sorted(labels()) == ["done", "kept"]
+
+    assert begun.connection.info.backend_pid == number
+    assert begun.get_autocommit()
+    assert not begun.in_atomic_block
+    assert not elsewhere(sessions_in_transaction).result(10)
+
+
+def test_closing_a_connection_between_two_jobs_does_no_harm(begun: Any) -> None:
+    begun.close()
+    begun.close_if_unusable_or_obsolete()
+
+    assert begun.is_usable() is False
+    assert sorted(labels()) == ["done", "kept"]
+
+
+def test_what_fails_after_the_fence_leaves_what_was_committed(
+    ahead: list[bool],
+) -> None:
+    mine = connections["default"]
+
+    with pytest.raises(KeyboardInterrupt):
+        conclude_and_raise(mine)
+
+    assert not is_begun_ahead(mine)
+    assert labels() == ["done"]
+    assert libpq.is_idle(mine.connection)
+
+
+def conclude_and_raise(mine: Any) -> None:
+    mine.ensure_connection()
+    mine.close_at = None
+    with block.Block(mine):
+        jobs.leave("other")
+        conclude(mine, "done")
+        raise KeyboardInterrupt
+
+
+def test_a_connection_that_is_to_be_closed_begins_nothing_ahead(
+    ahead: list[bool],
+) -> None:
+    mine = connections["default"]
+
+    conclude_one(mine, close_at=time.monotonic())
+
+    assert not is_begun_ahead(mine)
+
+
+def test_levels_that_the_project_has_set_are_left_to_psycopg(
+    ahead: list[bool],
+) -> None:
+    from psycopg import IsolationLevel
+
+    with database_settings({"isolation_level": IsolationLevel.SERIALIZABLE}):
+        run(leave("a"), leave_isolation)
+
+    assert labels() == ["a", "serializable"]
+    assert ahead == [False, False]
+
+
+def test_a_commit_that_fails_begins_nothing(ahead: list[bool]) -> None:
+    mine = connections["default"]
+    misbehaving.execute(
+        "ALTER TABLE tests_effect ADD CONSTRAINT once UNIQUE (label) "
+        "DEFERRABLE INITIALLY DEFERRED"
+    )
+    try:
+        with pytest.raises(Error, match="once"):
+            conclude_twice_the_same(mine)
+        assert not is_begun_ahead(mine)
+        assert labels() == []
+    finally:
+        misbehaving.execute("ALTER TABLE tests_effect DROP CONSTRAINT once")
+
+
+def conclude_twice_the_same(mine: Any) -> None:
+    with block.Block(mine):
+        jobs.leave("a")
+        jobs.leave("b")
+        conclude(mine, "the same")
+
+
+def test_no_transaction_is_open_while_a_job_runs_alone(
+    begun: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def start(*args: Any) -> None:
+        assert not is_begun_ahead(begun)
+        raise Stop
+
+    monkeypatch.setattr(processes, "start", start)
+
+    with pytest.raises(Stop):
+        lone.execute_alone(claimed(1))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "has_sent", "expected"),
+    [(8, True, False), (9, True, True), (9, False, False)],
+)
+def test_a_job_that_writes_is_expected_where_many_wait(
+    waiting: int, has_sent: bool, expected: bool
+) -> None:
+    thread = idle_thread(waiting)
+
+    assert thread._is_followed(has_sent) is expected
+
+
+def test_none_is_expected_for_a_moment_after_one_that_sent_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thread = idle_thread(9)
+    thread._is_followed(False)
+
+    assert thread._is_followed(True) is False
+    monkeypatch.setattr(crew, "_ALIKE", -1.0)
+    assert thread._is_followed(True) is True
+
+
+def idle_thread(waiting: int) -> Any:
+    queue: SimpleQueue[Any] = SimpleQueue()
+    for number in range(waiting):
+        queue.put(claimed(number))
+    return crew._JobThread("default", 1, queue, lambda job: None, False)
