@@ -26,7 +26,7 @@ class Report(NamedTuple):
     note: str = ""
 
 
-def _is_not_followed(has_sent: bool) -> bool:
+def _is_not_followed(has_begun: bool) -> bool:
     return False
 
 
@@ -42,7 +42,8 @@ class Control:
         self.is_atomic = True
         # The place among the worker's threads.
         self.slot = 0
-        # Tells whether the thread is about to run another job that sends statements.
+        # Tells whether the thread is about to run another job like this one, which has
+        # begun a transaction or not.
         self.is_followed: Callable[[bool], bool] = _is_not_followed
         # Why the run is over, for whoever asks; and whether it was ended from outside,
         # so that its thread has nothing to record any more.

@@ -27,7 +27,7 @@ Run = Callable[[RunningJob], None]
 
 # With more than so many jobs at hand a thread that is done has the next one at once.
 _PLENTY = 8
-# Seconds for which a job that has sent no statements lets others be expected like it.
+# Seconds for which others are expected to be like a job that needed no transaction.
 _ALIKE = 1.0
 
 
@@ -144,7 +144,7 @@ class _JobThread(Thread):
         self._jobs = jobs
         self._run_job = run
         self._is_eager = is_eager
-        self._sent_nothing_at = -_ALIKE
+        self._began_none_at = -_ALIKE
         self.job: RunningJob | None = None
         self.is_lost = False
 
@@ -172,12 +172,12 @@ class _JobThread(Thread):
                 self.job = None
                 refresh_connections()
 
-    def _is_followed(self, has_sent: bool) -> bool:
+    def _is_followed(self, has_begun: bool) -> bool:
         now = time.monotonic()
-        if not has_sent:
-            self._sent_nothing_at = now
+        if not has_begun:
+            self._began_none_at = now
         has_plenty = self._jobs.qsize() > _PLENTY
-        return has_plenty and now - self._sent_nothing_at > _ALIKE
+        return has_plenty and now - self._began_none_at > _ALIKE
 
     def _end_ahead(self) -> None:
         with suppress(Exception):  # the database is away, and nothing is open there

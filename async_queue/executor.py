@@ -287,7 +287,7 @@ def _run(job: RunningJob, call: Callable[[], Any]) -> Returned:
             with _session(job) as connection, transaction(connection):
                 _let_be_cut_off(connection, job)
                 returned = perform(connection, job, call)
-                is_followed = job.control.is_followed(returned.has_sent)
+                is_followed = job.control.is_followed(returned.has_begun)
                 if not returned.is_empty:
                     pass_fence(
                         connection, job, returned.result, begins_next=is_followed
@@ -312,7 +312,7 @@ def _run_outside(job: RunningJob, call: Callable[[], Any]) -> Returned:
         _let_be_cut_off(connection, job)
         result = perform_outside(connection, job, call)
     _record_success(job, result)
-    return Returned(None, result, is_empty=False, has_sent=True)
+    return Returned(None, result, is_empty=False, has_begun=True)
 
 
 def _record_success(job: RunningJob, result: str | None) -> None:

@@ -59,14 +59,14 @@ class Returned(NamedTuple):
     """What a function has returned, and how it is stored.
 
     It ``is_empty`` when its transaction holds nothing, and has nothing to do once it
-    has committed; so that it does not matter when the success is recorded. ``has_sent``
-    tells whether it has sent statements through Django.
+    has committed; so that it does not matter when the success is recorded. It
+    ``has_begun`` one, where a transaction begins with the first statement.
     """
 
     value: Any
     result: str | None
     is_empty: bool
-    has_sent: bool
+    has_begun: bool
 
 
 def perform(
@@ -98,7 +98,8 @@ def perform(
         and not connection.run_on_commit
         and not facts.is_in_transaction(connection)
     )
-    return Returned(value, _encoded(value), is_empty, guard.has_sent)
+    has_begun = guard.has_sent or not facts.begins_late
+    return Returned(value, _encoded(value), is_empty, has_begun)
 
 
 def perform_outside(

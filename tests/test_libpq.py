@@ -12,7 +12,7 @@ from django.db.utils import (
 )
 
 from async_queue import claims, executor, schedule, schedule_many
-from async_queue.db import block, libpq, private
+from async_queue.db import libpq, private
 from async_queue.models import Job, Status
 from tests import jobs, misbehaving
 from tests.factories import WorkerFactory
@@ -329,19 +329,19 @@ def test_block_of_the_driver_that_is_left_open_is_no_success() -> None:
 
 
 def test_long_reads_and_many_rows_at_once_come_through() -> None:
-    with block.Block(transaction.get_connection()):
+    with libpq.Block(transaction.get_connection()):
         Effect.objects.bulk_create(Effect(label=str(n)) for n in range(300))
         with connection.cursor() as cursor:
             sql = "INSERT INTO tests_effect (label) VALUES (%s)"
             cursor.executemany(sql, [("a",), ("b",)])
-    with block.Block(transaction.get_connection()):
+    with libpq.Block(transaction.get_connection()):
         read = list(Effect.objects.order_by("pk").iterator(chunk_size=10))
 
     assert len(read) == 302
 
 
 def test_select_for_update_and_savepoints_come_first_as_well() -> None:
-    with block.Block(transaction.get_connection()):
+    with libpq.Block(transaction.get_connection()):
         with transaction.atomic():
             Effect.objects.create()
         assert Effect.objects.select_for_update().count() == 1
@@ -352,7 +352,7 @@ def test_select_for_update_and_savepoints_come_first_as_well() -> None:
 def test_block_ends_as_atomic_does_after_an_error() -> None:
     Effect.objects.create(pk=1)
 
-    with pytest.raises(IntegrityError), block.Block(transaction.get_connection()):
+    with pytest.raises(IntegrityError), libpq.Block(transaction.get_connection()):
         Effect.objects.create(pk=1)
 
     assert connection.get_autocommit()
@@ -360,7 +360,7 @@ def test_block_ends_as_atomic_does_after_an_error() -> None:
 
 
 def test_block_commits_what_was_not_concluded() -> None:
-    with block.Block(transaction.get_connection()):
+    with libpq.Block(transaction.get_connection()):
         Effect.objects.create()
 
     assert Effect.objects.count() == 1

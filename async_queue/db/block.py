@@ -1,8 +1,8 @@
-"""The transaction around a job on PostgreSQL, and the next one, begun with its end.
+"""The transaction around a job, and the next one, which begins with its end.
 
-While jobs that write follow each other, BEGIN goes with the COMMIT before it. Between
-the two jobs nobody gets hold of what is open: Django's connection has none then, as if
-it were closed, and whoever uses it gets it back without a transaction.
+While jobs follow each other, a transaction is ended so that the next job's is open.
+Between the two nobody gets hold of that: Django's connection has no session then, as if
+it were closed, and whoever uses it gets the session back without a transaction.
 """
 
 import time
@@ -11,20 +11,19 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from django.db import Error
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.transaction import Atomic
-
-from async_queue.db import libpq
 
 # The driver's connections with a transaction for the next job, by Django's.
 _ahead: WeakKeyDictionary[BaseDatabaseWrapper, Any] = WeakKeyDictionary()
 
 
 class Block(Atomic):
-    """The outermost atomic() of a session, at a third of the cost while all is well.
+    """The outermost atomic() of a session, which may go on where the last one ended.
 
     Django's own does whatever is out of the ordinary: the end of what is not committed
-    yet, such as after an error.
+    yet, such as after an error. Vendors shorten the rest.
     """
 
     def __init__(self, connection: Any) -> None:
@@ -33,13 +32,8 @@ class Block(Atomic):
 
     def __enter__(self) -> None:
         connection = self._connection
-        if not _take_up(connection):
-            driver = connection.connection
-            is_usual = connection.autocommit and not connection.health_check_enabled
-            if driver is None or connection.in_atomic_block or not is_usual:
-                return super().__enter__()
-            with connection.wrap_database_errors:
-                driver.autocommit = False
+        if not (self._take_up() or self._begin()):
+            return super().__enter__()
         connection.autocommit = False
         connection.commit_on_exit = True
         connection.needs_rollback = False
@@ -52,12 +46,8 @@ class Block(Atomic):
         driver = connection.connection
         has_failed = kind is not None or connection.needs_rollback or driver is None
         is_outermost = connection.in_atomic_block and not connection.savepoint_ids
-        has_next = driver is not None and _ahead.get(connection) is driver
-        # Then it was committed by `conclude`, or nothing was ever sent: whoever ended
-        # it in another way has been found out, and has failed.
-        is_over = has_next or (driver is not None and libpq.is_idle(driver))
-        if has_failed or not is_outermost or not is_over:
-            _ahead.pop(connection, None)
+        has_next = _ahead.pop(connection, None) is driver
+        if has_failed or not is_outermost or not self._ends(has_next):
             return super().__exit__(kind, error, traceback)
         connection.atomic_blocks.pop()
         connection.in_atomic_block = False
@@ -66,28 +56,54 @@ class Block(Atomic):
         if has_next:
             _put_away(connection)
         else:
-            driver.autocommit = True
+            connection._set_autocommit(True)
         if connection.run_on_commit:
             connection.run_and_clear_commit_hooks()
         return None
 
+    def _take_up(self) -> bool:
+        """Go on in the transaction that was begun, if its session lives."""
+        driver = _ahead.get(self._connection)
+        if driver is None or not self._lives(driver):
+            return False
+        _restore(self._connection)
+        return True
 
-def conclude(
-    connection: BaseDatabaseWrapper, sql: str, params: Any, begins_next: bool
-) -> bool:
-    """Do as `libpq.conclude` does; begin the next transaction only if all is usual."""
-    begins_next = begins_next and _may_begin_next(connection)
-    stands = libpq.conclude(connection, sql, params, begins_next)
-    if stands and begins_next:
-        _ahead[connection] = connection.connection
-    return stands
+    def _lives(self, driver: Any) -> bool:
+        """Tell whether what was begun is there, as far as the driver knows."""
+        return True
+
+    def _begin(self) -> bool:
+        """Begin; False if that is to be left to Django."""
+        return False
+
+    def _ends(self, has_next: bool) -> bool:
+        """Commit, unless Django is to do so; end as it does where that fails."""
+        try:
+            return self._commit(has_next)
+        except BaseException as error:
+            super().__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def _commit(self, has_next: bool) -> bool:
+        """Commit what is not committed; False if that is to be left to Django.
+
+        With ``has_next`` so that the next transaction is open.
+        """
+        raise NotImplementedError
 
 
-def _may_begin_next(connection: BaseDatabaseWrapper) -> bool:
+def may_begin_ahead(connection: BaseDatabaseWrapper) -> bool:
+    """Tell whether the open transaction is a `Block`, and the session is to stay."""
     is_ours = isinstance(next(iter(connection.atomic_blocks), None), Block)
     # So that it is closed.
     is_old = connection.close_at is not None and time.monotonic() >= connection.close_at
-    return is_ours and not is_old and libpq.begins_plainly(connection.connection)
+    return is_ours and not is_old
+
+
+def begin_ahead(connection: BaseDatabaseWrapper) -> None:
+    """Let the block that is being left keep its session for the next one."""
+    _ahead[connection] = connection.connection
 
 
 def is_begun_ahead(connection: BaseDatabaseWrapper) -> bool:
@@ -102,22 +118,10 @@ def end_ahead(connection: BaseDatabaseWrapper) -> None:
 
 
 def _put_away(connection: Any) -> None:
+    _ahead[connection] = connection.connection
     connection.connection = None
     # Django calls it where it finds no connection.
     connection.connect = partial(_bring_back, connection)
-
-
-def _take_up(connection: Any) -> bool:
-    """Go on in the transaction that was begun, if its session lives."""
-    driver = _ahead.get(connection)
-    if driver is None or not libpq.is_open(driver):
-        return False
-    _restore(connection)
-    return True
-
-
-def _bring_back(connection: Any) -> None:
-    _end(connection, _restore(connection))
 
 
 def _restore(connection: Any) -> Any:
@@ -126,15 +130,14 @@ def _restore(connection: Any) -> Any:
     return driver
 
 
-def _end(connection: Any, driver: Any) -> None:
+def _bring_back(connection: Any) -> None:
     """Roll back what is open, and holds nothing; connect anew if that fails."""
-    from psycopg import Error
-
+    driver = _restore(connection)
     try:
-        driver.rollback()
-        driver.autocommit = True
+        connection._rollback()
+        connection._set_autocommit(True)
     except Error:
         connection.connection = None
-        with suppress(Error):
+        with suppress(Exception):
             driver.close()
         connection.connect()

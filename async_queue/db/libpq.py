@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from django.db.backends.base.base import BaseDatabaseWrapper
 
+from async_queue.db import block
+
 # Seconds for which a statement is used as the server has planned it: the table may have
 # been empty then, and is read as a whole.
 _FRESH = 1.0
@@ -60,16 +62,37 @@ def _is_busy(driver: Any) -> bool:
     return bool(has_block or driver.pgconn.pipeline_status)
 
 
+class Block(block.Block):
+    """At a third of the cost of Django's while all is well."""
+
+    def _lives(self, driver: Any) -> bool:
+        return bool(driver.pgconn.transaction_status == _OPEN)
+
+    def _begin(self) -> bool:
+        connection = self._connection
+        driver = connection.connection
+        is_usual = connection.autocommit and not connection.health_check_enabled
+        if driver is None or connection.in_atomic_block or not is_usual:
+            return False
+        connection._set_autocommit(False)
+        return True
+
+    def _commit(self, has_next: bool) -> bool:
+        # It was committed by `conclude`, or nothing was ever sent: whoever ended it in
+        # another way has been found out, and has failed.
+        return has_next or is_idle(self._connection.connection)
+
+
 def begin(connection: BaseDatabaseWrapper) -> None:
     """Begin a transaction as psycopg is about to, unless it has more to say there."""
     driver = connection.connection
-    is_usual = begins_plainly(driver) and not driver.autocommit
+    is_usual = _begins_plainly(driver) and not driver.autocommit
     if is_usual and is_idle(driver) and not _is_busy(driver):
         with connection.wrap_database_errors:
             _checked(connection, driver.pgconn.exec_(b"BEGIN"))
 
 
-def begins_plainly(driver: Any) -> bool:
+def _begins_plainly(driver: Any) -> bool:
     """Tell whether psycopg has nothing more to say where it begins a transaction."""
     return (driver.isolation_level, driver.read_only, driver.deferrable) == _NOTHING
 
@@ -110,13 +133,14 @@ def conclude(
     """Change one row by the UPDATE, and commit what is open, in one message.
 
     Its parameters are a text, and numbers. False if there is no such row: then what is
-    open has failed. If it ``begins_next``, the next transaction is open afterwards.
+    open has failed. If it ``begins_next`` as usual, the next transaction is open then.
     """
     driver = connection.connection
     text, *numbers = params
     name = _prepare(connection, _failing(sql))
     message = b"EXECUTE %b(%b, %b)" % (name, _literal(driver, text), _list(numbers))
     was_idle = is_idle(driver)
+    begins_next = begins_next and not was_idle and _may_begin_next(connection)
     if not was_idle:
         message += b"; COMMIT; BEGIN" if begins_next else b"; COMMIT"
     with connection.wrap_database_errors:
@@ -127,17 +151,19 @@ def conclude(
         if has_refused and _state(answer) == _DIVISION_BY_ZERO:
             return False
         _checked(connection, answer)
+    if begins_next:
+        block.begin_ahead(connection)
     return True
+
+
+def _may_begin_next(connection: BaseDatabaseWrapper) -> bool:
+    may_begin = block.may_begin_ahead(connection)
+    return may_begin and _begins_plainly(connection.connection)
 
 
 def is_idle(driver: Any) -> bool:
     """Tell whether no transaction is open."""
     return bool(driver.pgconn.transaction_status == _IDLE)
-
-
-def is_open(driver: Any) -> bool:
-    """Tell whether a transaction is open that has not failed."""
-    return bool(driver.pgconn.transaction_status == _OPEN)
 
 
 def _prepare(connection: BaseDatabaseWrapper, sql: str) -> bytes:

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from math import ceil
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from async_queue.db.base import (
     statement_pattern,
     too_many_threads,
 )
+from async_queue.db.block import Block, begin_ahead, may_begin_ahead
 
 logger = logging.getLogger("async_queue")
 
@@ -130,6 +132,18 @@ class MySQL(Vendor):
             return False
         return bool(scalar(connection, "SELECT @@in_transaction", ()))
 
+    def block(self, connection: BaseDatabaseWrapper) -> AbstractContextManager[None]:
+        return _Block(connection)
+
+    def conclude(
+        self, connection: BaseDatabaseWrapper, sql: str, params: Any, begins_next: bool
+    ) -> bool:
+        stands = self.change(connection, sql, params)
+        begins_next = begins_next and self.has_lasting_sessions(connection)
+        if stands and begins_next and may_begin_ahead(connection):
+            begin_ahead(connection)
+        return stands
+
     def server_concerns(
         self, connection: BaseDatabaseWrapper, *, threads: int
     ) -> Iterator[Concern]:
@@ -218,6 +232,15 @@ class MySQL(Vendor):
     def descriptor(self, connection: BaseDatabaseWrapper) -> int | None:
         driver = connection.connection
         return None if driver is None else int(driver.fileno())
+
+
+class _Block(Block):
+    """Leaves autocommit off for the next one, which then begins by itself."""
+
+    def _commit(self, has_next: bool) -> bool:
+        if has_next:
+            self._connection._commit()
+        return has_next
 
 
 def _holder(connection: BaseDatabaseWrapper, mark: tuple[int, int]) -> Any:

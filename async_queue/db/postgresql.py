@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.utils import Error, InterfaceError, OperationalError
 
-from async_queue.db import block, libpq
+from async_queue.db import libpq
 from async_queue.db.base import (
     PRIVATE,
     Concern,
@@ -186,7 +186,7 @@ class PostgreSQL(Vendor):
         return driver is not None and driver.pgconn.transaction_status in _OPEN
 
     def block(self, connection: BaseDatabaseWrapper) -> AbstractContextManager[None]:
-        return block.Block(connection)
+        return libpq.Block(connection)
 
     def begin(self, connection: BaseDatabaseWrapper) -> None:
         if connection.connection is not None:
@@ -197,7 +197,7 @@ class PostgreSQL(Vendor):
     ) -> bool:
         is_prepared = self._keeps_statements(connection)
         if is_prepared and libpq.may_conclude(connection.connection):
-            return block.conclude(connection, sql, params, begins_next)
+            return libpq.conclude(connection, sql, params, begins_next)
         return super().conclude(connection, sql, params, begins_next)
 
     def take(self, connection: Any, sql: str, params: list[Any]) -> list[Any]:
