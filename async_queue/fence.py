@@ -22,6 +22,7 @@ from async_queue.exceptions import (
     StatementRefused,
     TransactionBroken,
 )
+from async_queue.signals import are_silent
 
 logger = logging.getLogger("async_queue")
 
@@ -153,6 +154,8 @@ def pass_fence(
     # Not what is inside of a test's own transaction, or of a block of the caller's.
     is_outermost = not connection.savepoint_ids
     commits = commits and is_outermost and not hooks.is_watched("after_fence")
+    # Nobody else's code may run in what is begun, with a cursor that it has kept.
+    begins_next = begins_next and not connection.run_on_commit and are_silent()
     try:
         stands = statements.finish(
             connection, job, result, commits=commits, begins_next=begins_next

@@ -35,6 +35,12 @@ _LINES = {
 _WITH_TRACEBACK = ("retry", "fail", "crash", "lose")
 
 
+def are_silent() -> bool:
+    """Tell whether nobody hears of a job that succeeds, or of one that starts."""
+    has_line = logger.isEnabledFor(_LINES["succeed"][0])
+    return not (job_started.receivers or job_finished.receivers or has_line)
+
+
 def log_outcome(job: Any, outcome: Any, seconds: float) -> None:
     """Write one line for each run: the louder, the more somebody should look."""
     level, line = _LINES[outcome.action]

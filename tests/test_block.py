@@ -1,8 +1,10 @@
 """A transaction begins with the end of the last, and nobody else comes into it."""
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
+from itertools import cycle
 from queue import SimpleQueue
 from typing import Any
 
@@ -10,8 +12,16 @@ import pytest
 from django.db import connection, connections, transaction
 from django.db.utils import Error, OperationalError
 
-from async_queue import claims, crew, executor, lone, processes, schedule, schedule_many
-from async_queue.db import end_ahead, is_begun_ahead, libpq, vendor
+from async_queue import (
+    claims,
+    crew,
+    current_job,
+    executor,
+    lone,
+    processes,
+    schedule_many,
+)
+from async_queue.db import block, end_ahead, is_begun_ahead, libpq, vendor
 from async_queue.db.block import Block
 from async_queue.decorators import job
 from async_queue.models import Job, Status
@@ -50,24 +60,20 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return taken_up
 
 
-@pytest.fixture
-def after_each() -> Iterator[list[Any]]:
-    """What is called when a job has finished."""
-    calls: list[Any] = []
+def run(
+    *calls: Any, workers: int = 1, between: Callable[[], object] = bool
+) -> Counter[str]:
+    """Run the jobs one after the other in a thread; count their outcomes.
 
-    def call_all(**kwargs: Any) -> None:
-        for call in calls:
-            call()
-
-    job_finished.connect(call_all)
-    yield calls
-    job_finished.disconnect(call_all)
-
-
-def run(*calls: Any) -> Counter[str]:
-    """Run the jobs one after the other in a thread; count their outcomes."""
+    They are claimed by so many workers in turn. ``between`` is called after each.
+    """
     rows = schedule_many(call if isinstance(call, tuple) else (call,) for call in calls)
-    claimed = claims.claim("default", WorkerFactory().pk, len(rows))
+    numbers = [WorkerFactory().pk for _ in range(workers)]
+    claimed = [
+        job
+        for _, number in zip(rows, cycle(numbers), strict=False)
+        for job in claims.claim("default", number, 1)
+    ]
     assert [job.id for job in claimed] == [row.pk for row in rows]
     waiting: SimpleQueue[Any] = SimpleQueue()
     for each in (*claimed, None):
@@ -76,6 +82,7 @@ def run(*calls: Any) -> Counter[str]:
 
     def execute(job: Any) -> None:
         outcomes[executor.execute(job).action] += 1
+        between()
 
     thread = crew._JobThread("default", 1, waiting, execute, False)
     thread.start()
@@ -109,55 +116,108 @@ def test_jobs_that_fail_take_nothing_with_them(ahead: list[bool]) -> None:
     assert ahead.count(True) == 2
 
 
-def test_what_receivers_write_between_two_jobs_stays(
-    ahead: list[bool], after_each: list[Any]
-) -> None:
-    after_each.append(lambda: Effect.objects.create(label="told"))
+def tell() -> None:
+    Effect.objects.create(label="told")
 
-    run(leave("a"), (jobs.leave_then_fail, ["fails"]), leave("b"))
+
+def tell_in_a_block() -> None:
+    with transaction.atomic():
+        tell()
+
+
+@pytest.mark.parametrize("write", [tell, tell_in_a_block])
+def test_what_is_written_between_two_jobs_is_in_no_transaction_of_theirs(
+    ahead: list[bool], write: Callable[[], None]
+) -> None:
+    run(leave("a"), (jobs.leave_then_fail, ["fails"]), leave("b"), between=write)
 
     assert labels() == ["a", "told", "told", "b", "told"]
     assert True not in ahead
 
 
-def test_what_receivers_write_in_a_block_of_theirs_stays(
-    ahead: list[bool], after_each: list[Any]
+@pytest.mark.parametrize("signal", [job_started, job_finished])
+def test_nothing_is_begun_where_receivers_may_have_kept_a_cursor(
+    ahead: list[bool], signal: Any
 ) -> None:
-    def tell() -> None:
-        with transaction.atomic():
-            Effect.objects.create(label="told")
+    def receive(**kwargs: Any) -> None:
+        cursors[-1].execute("INSERT INTO tests_effect (label) VALUES ('received')")
 
-    after_each.append(tell)
-
-    run(leave("a"), jobs.leave_then_fail)
-
-    assert labels() == ["a", "told", "told"]
-
-
-def test_receivers_of_a_start_write_outside_of_the_transaction(
-    ahead: list[bool],
-) -> None:
-    def tell(**kwargs: Any) -> None:
-        Effect.objects.create(label="starts")
-
-    job_started.connect(tell)
+    cursors.append(connections["default"].cursor())
+    signal.connect(receive)
     try:
-        run(leave("a"), (jobs.leave_then_fail, ["fails"]))
+        run(keep_a_cursor, jobs.leave_then_fail)
     finally:
-        job_started.disconnect(tell)
+        signal.disconnect(receive)
+        cursors.clear()
 
-    assert labels() == ["starts", "a", "starts"]
+    assert labels().count("received") == 2
+    assert True not in ahead
+
+
+cursors: list[Any] = []
+
+
+def keep_a_cursor() -> None:
+    cursors.append(connection.cursor())
+    cursors[-1].execute("SELECT 1")
 
 
 def write_when_committed() -> None:
-    jobs.leave("before")
-    transaction.on_commit(lambda: jobs.leave("hook"))
+    keep_a_cursor()
+    write = cursors.pop().execute
+    sql = "INSERT INTO tests_effect (label) VALUES ('hook')"
+    transaction.on_commit(lambda: write(sql))
 
 
-def test_what_hooks_write_after_the_commit_stays(ahead: list[bool]) -> None:
-    run(write_when_committed, jobs.leave_then_fail)
+def test_nothing_is_begun_where_hooks_may_have_kept_a_cursor(
+    ahead: list[bool],
+) -> None:
+    assert run(write_when_committed, jobs.leave_then_fail).total() == 2
 
-    assert labels() == ["before", "hook"]
+    assert labels() == ["hook"]
+    assert True not in ahead
+
+
+def test_nothing_is_begun_where_each_success_is_logged(
+    ahead: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.DEBUG, logger="async_queue"):
+        run(leave("a"), leave("b"))
+
+    assert ahead == [False, False]
+
+
+def test_a_job_that_comes_late_has_a_transaction_of_its_own(
+    ahead: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "_KEPT", -1.0)
+
+    assert run(leave("a"), leave("b")) == {"succeed": 2}
+
+    assert labels() == ["a", "b"]
+    assert ahead == [False, False]
+
+
+marks: list[tuple[int, int]] = []
+
+
+def note_marks() -> None:
+    jobs.leave()
+    job = current_job()
+    assert job is not None
+    session = vendor(connection).session_of(connections["default"])
+    marks.append((session.worker, job.worker))
+
+
+def test_a_session_is_marked_for_the_worker_whose_job_it_runs(
+    ahead: list[bool],
+) -> None:
+    marks.clear()
+
+    run(note_marks, note_marks, workers=2)
+
+    assert len(marks) == 2
+    assert all(marked == worker for marked, worker in marks)
 
 
 @job(atomic=False, max_attempts=1)
@@ -213,20 +273,16 @@ def test_what_a_job_writes_past_django_in_it_commits(ahead: list[bool]) -> None:
 
 @on_postgresql
 def test_a_session_that_ends_between_two_jobs_costs_neither(
-    ahead: list[bool], after_each: list[Any]
+    ahead: list[bool],
 ) -> None:
-    ended: list[int] = []
-
-    def end_once() -> None:
-        if not ended:
-            (number,) = sessions_in_transaction()
-            ended.append(number)
+    def end_others() -> None:
+        ended.extend(sessions_in_transaction())
+        for number in ended:
             end(number)
 
+    ended: list[int] = []
     # They ask on connections of their own.
-    after_each.append(lambda: elsewhere(end_once).result(10))
-
-    run(leave("a"), leave("b"))
+    run(leave("a"), leave("b"), between=lambda: elsewhere(end_others).result(10))
     flush()
 
     assert ended
@@ -269,25 +325,13 @@ def test_a_thread_that_has_nothing_to_do_holds_no_transaction(
 
 
 @on_postgresql
-def test_a_session_that_ends_before_nothing_follows_is_opened_anew(
-    ahead: list[bool], after_each: list[Any], wait_until: Any
+def test_a_session_that_ends_before_it_is_brought_back_is_opened_anew(
+    begun: Any,
 ) -> None:
-    after_each.append(
-        lambda: elsewhere(lambda: [*map(end, sessions_in_transaction())]).result(10)
-    )
-    worker = Worker(threads=1)
-    worker.start()
-    try:
-        for expected in (1, 2):
-            schedule(jobs.leave)
-            wait_until(lambda expected=expected: Effect.objects.count() == expected)
-    finally:
-        worker.stop()
-        worker.join()
+    elsewhere(lambda: [*map(end, sessions_in_transaction())]).result(10)
 
-    assert set(Job.objects.values_list("status", "failures")) == {
-        (Status.SUCCESSFUL, 0)
-    }
+    assert sorted(labels()) == ["done", "kept"]
+    assert is_autocommit_on(begun)
 
 
 @pytest.fixture

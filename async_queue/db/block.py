@@ -1,22 +1,34 @@
 """The transaction around a job, and the next one, which begins with its end.
 
 While jobs follow each other, a transaction is ended so that the next job's is open.
-Between the two nobody gets hold of that: Django's connection has no session then, as if
-it were closed, and whoever uses it gets the session back without a transaction.
+Between the two, where nothing but the queue's own code should run, Django's connection
+has no session, as if it were closed; and who uses it all the same gets the session back
+without a transaction.
 """
 
 import time
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from django.db import Error
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.transaction import Atomic
 
-# The driver's connections with a transaction for the next job, by Django's.
-_ahead: WeakKeyDictionary[BaseDatabaseWrapper, Any] = WeakKeyDictionary()
+# Seconds for which a transaction is kept for a job that is to follow at once.
+_KEPT = 0.05
+
+
+class _Next(NamedTuple):
+    """The driver's connection with a transaction for the next job."""
+
+    driver: Any
+    begun_at: float  # by the monotonic clock
+
+
+# By Django's connection, which one thread uses.
+_ahead: WeakKeyDictionary[BaseDatabaseWrapper, _Next] = WeakKeyDictionary()
 
 
 class Block(Atomic):
@@ -46,15 +58,16 @@ class Block(Atomic):
         driver = connection.connection
         has_failed = kind is not None or connection.needs_rollback or driver is None
         is_outermost = connection.in_atomic_block and not connection.savepoint_ids
-        has_next = _ahead.pop(connection, None) is driver
+        following = _ahead.pop(connection, None)
+        has_next = following is not None and following.driver is driver
         if has_failed or not is_outermost or not self._ends(has_next):
             return super().__exit__(kind, error, traceback)
         connection.atomic_blocks.pop()
         connection.in_atomic_block = False
         connection.errors_occurred = False
         connection.autocommit = True
-        if has_next:
-            _put_away(connection)
+        if following is not None:
+            _put_away(connection, following)
         else:
             connection._set_autocommit(True)
         if connection.run_on_commit:
@@ -62,9 +75,11 @@ class Block(Atomic):
         return None
 
     def _take_up(self) -> bool:
-        """Go on in the transaction that was begun, if its session lives."""
-        driver = _ahead.get(self._connection)
-        if driver is None or not self._lives(driver):
+        """Go on in the transaction that was begun just now, if its session lives."""
+        following = _ahead.get(self._connection)
+        if following is None or not self._lives(following.driver):
+            return False
+        if time.monotonic() - following.begun_at > _KEPT:
             return False
         _restore(self._connection)
         return True
@@ -103,7 +118,7 @@ def may_begin_ahead(connection: BaseDatabaseWrapper) -> bool:
 
 def begin_ahead(connection: BaseDatabaseWrapper) -> None:
     """Let the block that is being left keep its session for the next one."""
-    _ahead[connection] = connection.connection
+    _ahead[connection] = _Next(connection.connection, time.monotonic())
 
 
 def is_begun_ahead(connection: BaseDatabaseWrapper) -> bool:
@@ -117,8 +132,8 @@ def end_ahead(connection: BaseDatabaseWrapper) -> None:
         connection.ensure_connection()
 
 
-def _put_away(connection: Any) -> None:
-    _ahead[connection] = connection.connection
+def _put_away(connection: Any, following: _Next) -> None:
+    _ahead[connection] = following
     connection.connection = None
     # Django calls it where it finds no connection.
     connection.connect = partial(_bring_back, connection)
@@ -126,7 +141,7 @@ def _put_away(connection: Any) -> None:
 
 def _restore(connection: Any) -> Any:
     del connection.connect
-    connection.connection = driver = _ahead.pop(connection)
+    connection.connection = driver = _ahead.pop(connection).driver
     return driver
 
 

@@ -13,6 +13,7 @@ from django.db import Error, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.backends.signals import connection_created
 
+from async_queue.db.block import end_ahead, is_begun_ahead
 from async_queue.db.forks import watch
 from async_queue.db.vendors import vendor
 from async_queue.exceptions import InsideTransaction
@@ -122,12 +123,19 @@ class _Awake(AbstractContextManager[BaseDatabaseWrapper]):
         self._former = _here.seats.get(alias)
         _here.seats[alias] = self._seat
         try:
+            if is_begun_ahead(connection) and not self._is_marked():
+                end_ahead(connection)
             if connection.connection is not None:
                 _mark(connection)
         except BaseException:
             self.__exit__()
             raise
         return connection
+
+    def _is_marked(self) -> bool:
+        """Tell whether the session was marked for the same worker."""
+        _, worker = _here.marked.get(self._alias, (None, 0))
+        return self._seat is not None and self._seat[0] == worker
 
     def __exit__(self, *error: object) -> None:
         _here.seats[self._alias] = self._former

@@ -32,16 +32,19 @@ class Place:
 
     # The thread that takes this turn over as soon as it has something to write.
     heir: int | None = None
-    # While it waits: since when, by the monotonic clock, and for this to be released.
+    # Since when it waits, by the monotonic clock.
     since = 0.0
-    word: Lock
+
+    def __init__(self) -> None:
+        self._word = Lock()
+        self._word.acquire()
 
     def wait(self, seconds: float | None) -> None:
-        self.word.acquire(timeout=-1 if seconds is None else max(0.0, seconds))
+        self._word.acquire(timeout=-1 if seconds is None else seconds)
 
     def wake(self) -> None:
         with suppress(RuntimeError):  # it was, and has not noticed yet
-            self.word.release()
+            self._word.release()
 
 
 class SideFile:
@@ -106,39 +109,38 @@ class SideFile:
 
     def _enter(self, place: Place, deadline: float | None) -> None:
         try:
-            if not self._comes_first(place):
-                self._wait(place, deadline)
+            self._wait(place, deadline)
             self._lock_line(deadline)
             self._check(place)
         except BaseException:
             self.leave(place)
             raise
 
-    def _comes_first(self, place: Place) -> bool:
+    def _wait(self, place: Place, deadline: float | None) -> None:
+        try:
+            while not self._comes_next(place):
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    raise busy("another thread writes to the database")
+                place.wait(left)
+        finally:
+            self._forget(place)
+
+    def _comes_next(self, place: Place) -> bool:
+        """Tell whether it is the turn of this one, who else stands in line."""
         with self._lock:
             if self._is_free():
                 self._writer = place
-                return True
-            place.since, place.word = time.monotonic(), Lock()
-            place.word.acquire()
-            self._waiting.append(place)
-            return False
+            elif self._writer is not place and place not in self._waiting:
+                place.since = time.monotonic()
+                self._waiting.append(place)
+            return self._writer is place
 
-    def _wait(self, place: Place, deadline: float | None) -> None:
-        try:
-            while True:
-                left = None if deadline is None else deadline - time.monotonic()
-                place.wait(left)
-                with self._lock:
-                    if self._is_free():
-                        self._writer = place
-                    if self._writer is place:
-                        return
-                if left is not None and left <= 0:
-                    raise busy("another thread writes to the database")
-        finally:
-            with self._lock:
+    def _forget(self, place: Place) -> None:
+        with self._lock:
+            if place in self._waiting:
                 self._waiting.remove(place)
+                # Word that was for this one may be for nobody.
                 if self._writer is None:
                     self._wake_first()
 
