@@ -155,7 +155,7 @@ class _JobThread(Thread):
         try:
             self._run_jobs()
         finally:
-            self._end_ahead()
+            end_ahead(connections[self._alias])
 
     def _run_jobs(self) -> None:
         while not self.is_lost and (job := self._next()) is not None:
@@ -179,10 +179,6 @@ class _JobThread(Thread):
         has_plenty = self._jobs.qsize() > _PLENTY
         return has_plenty and now - self._began_none_at > _ALIKE
 
-    def _end_ahead(self) -> None:
-        with suppress(Exception):  # the database is away, and nothing is open there
-            end_ahead(connections[self._alias])
-
     def _connect(self) -> None:
         connection = connections[self._alias]
         # What a pool has lent, others have not.
@@ -194,7 +190,7 @@ class _JobThread(Thread):
         try:
             return self._jobs.get_nowait()
         except Empty:
-            self._end_ahead()
+            end_ahead(connections[self._alias])
             job = self._jobs.get()
             refresh_connections()  # which may have become stale meanwhile
             return job

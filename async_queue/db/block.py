@@ -59,7 +59,7 @@ class Block(Atomic):
         has_failed = kind is not None or connection.needs_rollback or driver is None
         is_outermost = connection.in_atomic_block and not connection.savepoint_ids
         following = _ahead.pop(connection, None)
-        has_next = following is not None and following.driver is driver
+        has_next = following is not None
         if has_failed or not is_outermost or not self._ends(has_next):
             return super().__exit__(kind, error, traceback)
         connection.atomic_blocks.pop()
@@ -129,7 +129,8 @@ def is_begun_ahead(connection: BaseDatabaseWrapper) -> bool:
 def end_ahead(connection: BaseDatabaseWrapper) -> None:
     """End the transaction that was begun for a job, if none has come."""
     if connection in _ahead:
-        connection.ensure_connection()
+        with suppress(Error):  # where the database is away, nothing is open
+            connection.ensure_connection()
 
 
 def _put_away(connection: Any, following: _Next) -> None:
