@@ -38,10 +38,10 @@ def measure(run: Run) -> None:
 
 
 def _compare(run: Run, kind: str, threads: int, processes: int) -> None:
+    is_usual = threads == _USUAL_THREADS
     is_brief = run.is_quick and (kind == "noop" or processes > 1)
-    is_brief = is_brief or threads != _USUAL_THREADS
-    names = ["async_queue", *(("R",) if is_brief else REFERENCES)]
-    if threads == _USUAL_THREADS:
+    names = ["async_queue", *(REFERENCES if is_usual and not is_brief else ("R",))]
+    if is_usual:
         names += [name for name in run.beside if run.vendor in SYSTEMS[name].vendors]
     shape = {"threads": threads, "processes": processes}
     subjects = {

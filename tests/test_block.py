@@ -339,6 +339,7 @@ def begun(ahead: list[bool]) -> Any:
     """This thread's connection, as a job has left it that another is to follow."""
     mine = connections["default"]
     conclude_one(mine)
+    assert is_begun_ahead(mine)
     yield mine
     end_ahead(mine)
 
